@@ -1,0 +1,325 @@
+"""Every option of a run: YAML file + `section.key=value` overrides → one frozen, fully resolved `Config`.
+
+The sentence under a field is its documentation; docs/options.md is generated from it. Rules that span fields or look at
+files are in validate.py. Nothing here touches torch, so a config is read in milliseconds.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megacocomix.errors import UserError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Location = Literal["resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn"]
+
+
+class Section(BaseModel):
+    """A section of the config: unknown keys refused, no silent type coercion, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The student: a GPT-2 (pre-LayerNorm, learned positions, tied head, GELU MLP of 4 × width)."""
+
+    num_layers: Positive
+    """Number of transformer blocks."""
+    hidden_size: Positive
+    """Width D of the residual stream."""
+    num_heads: Positive
+    """Attention heads; must divide hidden_size."""
+    context: Positive
+    """Tokens T in a training window, and the number of learned positions."""
+    vocab_size: Positive
+    """Rows of the tied embedding. At least the vocabulary of the data and of the teacher."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout after embedding, attention and MLP. null means 0.0, or 0.1 with method.match_reference."""
+    control_hidden_size: Positive | None = None
+    """Width of the next-token control with as many activated parameters (paper, appendix A). With method.name=ntp it
+    takes the place of hidden_size, unless model.hidden_size is itself an override on the command line."""
+
+
+class MethodConfig(Section):
+    """What is trained besides the next token."""
+
+    name: Literal["cocomix", "ntp"]
+    """cocomix: predict, compress and interleave concepts. ntp: plain next-token prediction; the other keys of this
+    section and the teacher are not used."""
+    insertion_layer: NonNegative = 5
+    """The concept module stands before this block (0-based); this and later blocks run on 2T positions."""
+    num_concepts: Positive = 32768
+    """Concepts C of the prediction head: the number of latents of the teacher's sparse autoencoder."""
+    num_kept: Positive = 32
+    """Predicted concepts K kept for the continuous concept (largest raw logits)."""
+    num_labels: Positive = 4
+    """Concept labels K_attr a position, taken from the teacher's largest attributions."""
+    concept_weight: NonNegativeFloat = 0.1
+    """Weight λ of the concept loss."""
+    mask_unlabelled: bool | None = None
+    """Leave positions without a signal (the last of a window; fewer than num_labels positive attributions) out of the
+    concept loss. null means true, or false with method.match_reference (the reference trains on arbitrary indices
+    there)."""
+    match_reference: bool = False
+    """Follow the published code wherever we differ on purpose: the null defaults of model.dropout,
+    method.mask_unlabelled and optimizer.decay take the reference's values. A value that is written out wins."""
+
+
+class TeacherConfig(Section):
+    """Where concept labels come from."""
+
+    model: str
+    """Folder of the frozen teacher: Hugging Face GPT-2, or a run or checkpoint of ours."""
+    sae: str
+    """Sparse autoencoder on the teacher's residual stream: one safetensors file (tools/train_sae.py)."""
+    sae_layer: NonNegative = 5
+    """Block (0-based) whose residual the autoencoder reads."""
+    location: Location = "resid_post_mlp"
+    """Where in that block: after the block, after its attention, or the MLP's or attention's own contribution."""
+    labels: Literal["live"] = "live"
+    """live: the teacher labels each batch during training."""
+
+
+class DataConfig(Section):
+    """Token shards, as tools/prepare_data.py writes them, or the reference's uint16 train.bin / val.bin."""
+
+    train: str
+    """Training tokens."""
+    valid: str
+    """Held-out tokens."""
+    tokenizer: str
+    """gpt2 (shipped), a SentencePiece FILE.model, or a Hugging Face tokenizer folder; checked against the data's
+    manifest."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: PositiveFloat
+    """Largest learning rate, reached after warm-up."""
+    min_lr: NonNegativeFloat
+    """Learning rate at the last step; the paper takes 10 % of lr."""
+    warmup_steps: NonNegative
+    """Steps of linear warm-up from 0; the paper takes 1/300 of training.steps."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay."""
+    decay: Literal["matrices", "all"] | None = None
+    """What decays. matrices: all but biases, LayerNorm and pre_bias. null means matrices, or all with
+    method.match_reference."""
+    clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    steps: Positive
+    """Optimizer steps of the schedule."""
+    stop_after: Positive | None = None
+    """End cleanly after this step; the learning-rate schedule still runs to steps."""
+    global_batch: Positive
+    """Sequences a step over all ranks and accumulated micro-batches."""
+    micro_batch: Positive
+    """Sequences one rank holds at a time. global_batch must be a multiple of micro_batch × data ranks."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation checkpointing: full recomputes each block in the backward pass."""
+    seed: NonNegative = 22
+    """Seeds weights, sample order and dropout."""
+
+
+class ParallelConfig(Section):
+    """How the model is spread over the processes."""
+
+    tensor: Positive = 1
+    """Tensor-parallel ranks."""
+    pipeline: Positive = 1
+    """Pipeline stages."""
+    zero: Literal[0, 1, 2, 3] = 3
+    """DeepSpeed ZeRO stage over the data ranks: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+
+
+class CheckpointConfig(Section):
+    """When to save, how much to keep."""
+
+    every: Positive = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: Positive = 3
+    """Newest checkpoints kept."""
+
+
+class EvaluationConfig(Section):
+    """Validation loss during training."""
+
+    every: Positive = 500
+    """Steps between validations; the last step is always validated."""
+    batches: Positive = 100
+    """Validate on this many × training.global_batch sequences, in file order, at most all there are."""
+
+
+class LoggingConfig(Section):
+    """Where metrics go besides RUN/metrics.jsonl, which is always written."""
+
+    every: Positive = 50
+    """Steps between training lines."""
+    wandb: bool = False
+    """Log to Weights & Biases; offline, under the run folder, where no key is set."""
+    tensorboard: bool = False
+    """Write TensorBoard events under RUN/tensorboard."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: str
+    """The run folder: everything a run writes is in it; an existing one of the same config is resumed."""
+    model: ModelConfig
+    method: MethodConfig
+    teacher: TeacherConfig | None = None
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def concepts(self) -> bool:
+        """Whether the student has a concept module, and so the run a teacher."""
+        return self.method.name == "cocomix"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as people mean it: `1e-4` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UserError(f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: {key} is given twice.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse YAML with the rules of `_Loader`; `name` is said in errors. Raises UserError on malformed text."""
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+    finally:
+        loader.dispose()
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read FILE, apply `section.key=value` overrides, resolve the null defaults. All problems are reported in one
+    UserError."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a config: expected sections such as model and training.")
+    given = [_apply_override(values, override) for override in overrides]
+    _take_control_width(values, given)
+    return build_config(values, str(path))
+
+
+def build_config(values: dict, name: str = "config") -> Config:
+    """Check nested values against the fields and resolve the null defaults. Raises one UserError with every problem."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(*(_explain(problem, name) for problem in error.errors())) from None
+    return _resolve_defaults(config)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+
+
+def _apply_override(values: dict, override: str) -> str:
+    key, equals, text = override.partition("=")
+    section, _, field = key.partition(".")
+    if not equals or not section:
+        raise UserError(f"override {override!r} is not section.key=value, such as training.steps=100.")
+    value = parse_yaml(text, f"override {key}")
+    if not field:
+        values[section] = value
+    elif isinstance(values.setdefault(section, {}), dict):
+        values[section][field] = value
+    else:
+        raise UserError(f"override {override!r}: {section} is not a section.")
+    return key
+
+
+def _take_control_width(values: dict, given: list[str]) -> None:
+    model, method = values.get("model"), values.get("method")
+    if not (isinstance(model, dict) and isinstance(method, dict)) or method.get("name") != "ntp":
+        return
+    control = model.pop("control_hidden_size", None)
+    if control is not None and "model.hidden_size" not in given:
+        model["hidden_size"] = control
+
+
+def _resolve_defaults(config: Config) -> Config:
+    reference = config.method.match_reference
+
+    def fill(section: Section, field: str, ours, theirs) -> Section:
+        value = getattr(section, field)
+        return section if value is not None else section.model_copy(update={field: theirs if reference else ours})
+
+    return config.model_copy(
+        update={
+            "model": fill(config.model, "dropout", 0.0, 0.1),
+            "method": fill(config.method, "mask_unlabelled", True, False),
+            "optimizer": fill(config.optimizer, "decay", "matrices", "all"),
+        }
+    )
+
+
+def section_type(section: str) -> type[Section] | None:
+    """The class behind a section's name, None for a plain key such as run."""
+    annotation = Config.model_fields[section].annotation
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _explain(problem: dict, name: str) -> str:
+    place = [str(part) for part in problem["loc"]]
+    where = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        known = Config.model_fields if len(place) == 1 else section_type(place[0]).model_fields
+        return f"{name}: {where} is not an option.{nearest(place[-1], known)}"
+    if problem["type"] == "missing":
+        return f"{name}: {where} is missing."
+    message = problem["msg"]
+    return f"{name}: {where} = {problem['input']!r}: {message[0].lower()}{message[1:]}."

@@ -1,0 +1,24 @@
+"""Options and settings shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Read before torch or DeepSpeed are imported: the suite runs on the CPU, offline, one thread a process.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+GOLDEN = Path(__file__).parent / "golden" / "small.safetensors"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", default=str(GOLDEN), help="a golden file of the reference implementation")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return Path(__file__).parents[1]
