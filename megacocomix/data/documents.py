@@ -1,0 +1,195 @@
+"""Raw text, document by document, from the kinds of file that people keep it in.
+
+.txt (documents separated by a line `<|endoftext|>`), .jsonl and .jsonl.gz, .parquet, a saved dataset's folder, or a
+name on the Hugging Face Hub. Everything is streamed; a malformed line is named by file and number.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+import textwrap
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megacocomix.data.tokenizer import END_OF_TEXT
+from megacocomix.errors import UserError
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+
+
+def find_sources(inputs: Sequence[str]) -> list[Path | str]:
+    """What to read, in order: a Path for each file or saved dataset, a str for a name on the Hugging Face Hub.
+
+    A folder stands for the dataset saved in it, else for every file of a known kind below it, sorted by name.
+    Raises UserError with a line for each input that cannot be found or is of an unknown kind.
+    """
+    sources, problems = [], []
+    for name in inputs:
+        path = Path(name)
+        known = str(name).endswith(SUFFIXES)
+        if path.is_dir():
+            found = _sources_in(path)
+            sources += found
+            if not found:
+                problems.append(f"{name} holds no dataset and no files of a known kind: {' '.join(SUFFIXES)}.")
+        elif path.is_file() and known:
+            sources.append(path)
+        elif path.exists():
+            problems.append(f"{name} is of an unknown kind. Valid: {' '.join(SUFFIXES)}, or a dataset folder.")
+        elif not known and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
+            sources.append(str(name))
+        else:
+            problems.append(f"{name} does not exist.")
+    if problems:
+        raise UserError(*problems)
+    return sources
+
+
+def _sources_in(folder: Path) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+        if len(splits) != 1:
+            raise UserError(f"{folder} has several splits, give one: {' '.join(str(folder / s) for s in splits)}")
+        return [folder / splits[0]]
+    if (folder / "dataset_info.json").is_file():
+        return [folder]
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+
+
+def read_documents(sources: Sequence[Path | str], field: str = "text") -> Iterator[str]:
+    """Every document that holds more than white space, in order, while a progress bar counts the bytes read.
+
+    A .txt file is cut at lines that read <|endoftext|>; the other kinds have a document in the `field` of each row.
+    Raises UserError that names the file, and the line where there are lines, for what cannot be read.
+    """
+    with tqdm(total=sum(map(_size, sources)) or None, unit="B", unit_scale=True, desc="reading") as bar:
+        end = 0
+        for source in sources:
+            end += _size(source)
+            try:
+                for text in _reader(source)(source, field, bar.update):
+                    if text.strip():
+                        yield text
+            except (OSError, EOFError, zlib.error, RuntimeError) as error:
+                reason = textwrap.shorten(str(error), 200)
+                raise UserError(f"{source} cannot be read: {reason}") from error
+            bar.update(end - bar.n)
+
+
+def source_files(source: Path | str) -> list[Path]:
+    """The files behind a source; none for a name on the Hub."""
+    if isinstance(source, str):
+        return []
+    return sorted(source.glob("*.arrow")) if source.is_dir() else [source]
+
+
+def _size(source: Path | str) -> int:
+    return sum(file.stat().st_size for file in source_files(source))
+
+
+def _reader(source: Path | str) -> Callable[[Path | str, str, Callable], Iterator[str]]:
+    if isinstance(source, str) or source.is_dir():
+        return _read_dataset
+    return {".txt": _read_txt, ".parquet": _read_parquet}.get(source.suffix, _read_jsonl)
+
+
+def _lines(path: Path, advance: Callable) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends, which are kept as they are; a byte order mark is dropped."""
+    with open(path, "rb") as raw:
+        position = 0
+        lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        for number, line in enumerate(lines, 1):
+            advance(raw.tell() - position)
+            position = raw.tell()
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} line {number} is not UTF-8 text.") from error
+
+
+def _read_txt(path: Path, field: str, advance: Callable) -> Iterator[str]:
+    lines: list[str] = []
+    for _, line in _lines(path, advance):
+        if line.strip() == END_OF_TEXT:
+            yield "".join(lines).removesuffix("\n")
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines).removesuffix("\n")
+
+
+def _read_jsonl(path: Path, field: str, advance: Callable) -> Iterator[str]:
+    for number, line in _lines(path, advance):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object.")
+        yield _text(row, field, where)
+
+
+def _read_parquet(path: Path, field: str, advance: Callable) -> Iterator[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_field(field, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                advance(_size(path) * batch.num_rows // file.metadata.num_rows)
+                for value in batch.column(0).to_pylist():
+                    yield _text({field: value}, field, str(path))
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _read_dataset(source: Path | str, field: str, advance: Callable) -> Iterator[str]:
+    import datasets
+
+    try:
+        if isinstance(source, Path):
+            rows = datasets.load_from_disk(str(source))  # mapped where it lies
+        else:
+            rows = datasets.load_dataset(source, split="train", streaming=True)  # leaves no copy in a cache
+    except Exception as error:  # whatever its parsers, the network and the Hub's client come up with
+        kind = "is not a readable dataset" if isinstance(source, Path) else "is neither here nor on the Hub"
+        raise UserError(f"{source} {kind}: {textwrap.shorten(str(error), 200)}") from error
+    step = _size(source) // max(1, len(rows)) if isinstance(source, Path) else 0
+    if rows.column_names:
+        _check_field(field, rows.column_names, str(source))
+        rows = rows.select_columns([field])
+    for row in rows:
+        advance(step)
+        yield _text(row, field, str(source))
+
+
+def _check_field(field: str, found: Iterable[str], where: str) -> None:
+    if field not in found:
+        raise UserError(f"{where} has no field {field!r}. Choose one with --field: {' '.join(found)}")
+
+
+def _text(row: dict, field: str, where: str) -> str:
+    _check_field(field, row, where)
+    value = row[field]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise UserError(f"{where}: field {field!r} is not valid Unicode text.") from error
+    return value
+
+
+def is_validation(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the validation split: a function of its own text and of nothing else."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < fraction * 2**64

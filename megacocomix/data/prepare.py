@@ -1,0 +1,203 @@
+"""Raw text to token shards: read documents in order, tokenise them in parallel, write them in order.
+
+What ends up on disk is a function of the inputs and the options alone: not of the number of workers, nor of
+how often the work was interrupted. Every few seconds the shards are flushed and OUT/.partial/state.json records
+how far they go; a restart cuts them back to that point and skips the documents already done. Manifests are
+written last, so a split without one is unfinished. Memory is bounded by the longest document.
+"""
+
+import fcntl
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from itertools import islice
+from pathlib import Path
+
+from megacocomix.data.documents import find_sources, is_validation, read_documents, source_files
+from megacocomix.data.tokenizer import (
+    Tokenizer,
+    encode_in_parallel,
+    load_tokenizer,
+    train_sentencepiece,
+)
+from megacocomix.data.tokens import (
+    MANIFEST,
+    ShardWriter,
+    TokenShards,
+    file_fingerprint,
+    read_manifest,
+    token_dtype,
+    write_json,
+)
+from megacocomix.errors import UserError
+
+BATCH_CHARS = 2**18  # what a worker gets at a time
+COMMIT_SECONDS = 10  # an interruption costs at most about this much work
+PIECE_CHARS = 2**20  # longer documents are tokenised in pieces of about this size
+# A line end between two words: GPT-2's pre-tokeniser cuts there too, so the pieces have the tokens of the whole.
+CUT = re.compile(r"(?<=\S)\n(?=\S)")
+
+Piece = tuple[str, tuple[str, bool]]  # its text, and with it: its split, whether it ends a document
+
+
+def _batches(documents: Iterable[str], valid: float, done: int) -> Iterator[list[Piece]]:
+    """Pieces of documents in batches of about BATCH_CHARS, without the `done` first pieces."""
+    batch, size = [], 0
+    for piece in islice(_pieces(documents, valid), done, None):
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(documents: Iterable[str], valid: float) -> Iterator[Piece]:
+    for text in documents:
+        split = "valid" if is_validation(text, valid) else "train"
+        start = 0
+        while cut := CUT.search(text, start + PIECE_CHARS):
+            yield text[start : cut.end()], (split, False)
+            start = cut.end()
+        yield text[start:], (split, True)
+
+
+def train_tokenizer(
+    inputs: Sequence[str], out: str | Path, vocab_size: int, valid: float = 0.0, field: str = "text"
+) -> Tokenizer:
+    """A SentencePiece tokenizer for `inputs`, trained without the documents of the validation split."""
+    documents = read_documents(find_sources(inputs), field)
+    return train_sentencepiece((text for text in documents if not is_validation(text, valid)), out, vocab_size)
+
+
+def prepare_data(
+    inputs: Sequence[str],
+    out: str | Path,
+    tokenizer: str,
+    valid: float = 0.0,
+    workers: int = 1,
+    field: str = "text",
+    shard_tokens: int = 100_000_000,
+) -> tuple[dict[str, dict], bool]:
+    """Tokenise `inputs` into out/train and, with `valid` > 0, about that fraction of documents into out/valid.
+
+    Returns the manifest of each split, and whether they were complete already. Interrupted work of the same
+    settings is continued. Raises UserError, and destroys nothing, for options or inputs that cannot be used, for
+    text without a single token, and when `out` holds anything else than (a part of) this very result.
+    """
+    out = Path(out)
+    if not 0 <= valid < 1 or workers < 1 or shard_tokens < 1:
+        raise UserError("--valid must be in [0, 1), --workers and --shard-tokens at least 1.")
+    sources = find_sources(inputs)
+    vocabulary = load_tokenizer(tokenizer)
+    settings = {
+        "tokenizer": {key: getattr(vocabulary, key) for key in ("name", "sha256", "eot_id")},
+        "vocab_size": vocabulary.vocab_size,
+        "sources": _describe(sources),
+        "field": field,
+        "valid": valid,
+        "shard_tokens": shard_tokens,
+    }
+    splits = ["valid", "train"] if valid else ["train"]  # train's manifest, the last, says that all is complete
+    if (out / "train" / MANIFEST).exists():
+        _check_same(out, read_manifest(out / "train"), settings)
+        for split in splits:
+            TokenShards.open(out / split)
+        shutil.rmtree(out / ".partial", ignore_errors=True)  # when the end came between the manifest and this
+        return {split: read_manifest(out / split) for split in splits}, True
+    try:
+        with _lock(out):
+            state = _restore(out, settings, splits)
+            with closing(read_documents(sources, field)) as documents:
+                batches = _batches(documents, valid, state["pieces"])
+                with closing(encode_in_parallel(tokenizer, batches, workers)) as encoded:
+                    return _write(out, state, encoded), False
+    except OSError as error:
+        raise UserError(f"{out}: {error}. What is done is kept: the same command continues it.") from error
+
+
+def _write(out: Path, state: dict, batches: Iterable) -> dict[str, dict]:
+    settings = state["settings"]
+    dtype = token_dtype(settings["vocab_size"])
+    with ExitStack() as stack:
+        writers = {}
+        for split, progress in state["splits"].items():
+            writers[split] = ShardWriter(out / split, dtype, settings["shard_tokens"], **progress)
+            stack.enter_context(closing(writers[split]))
+
+        def commit() -> None:
+            state["splits"] = {split: writer.flush() for split, writer in writers.items()}
+            write_json(out / ".partial" / "state.json", state)
+
+        last_commit = time.monotonic()
+        for batch in batches:
+            for ids, (split, ends_document) in batch:
+                writers[split].append(ids)
+                if ends_document:
+                    writers[split].end_document(settings["tokenizer"]["eot_id"])
+            state["pieces"] += len(batch)
+            if time.monotonic() - last_commit > COMMIT_SECONDS:
+                commit()
+                last_commit = time.monotonic()
+        if state["pieces"] == 0:
+            raise UserError("there is no text in the inputs: every document is empty.")
+        for split, writer in writers.items():
+            if writer.num_tokens == 0:
+                raise UserError(f"no document fell into {split}: --valid {settings['valid']} is for more text.")
+        commit()
+        manifests = {split: writer.finish(settings) for split, writer in writers.items()}
+    shutil.rmtree(out / ".partial")
+    return manifests
+
+
+def _restore(out: Path, settings: dict, splits: list[str]) -> dict:
+    """The recorded state of interrupted work, else a state that begins afresh."""
+    file = out / ".partial" / "state.json"
+    if file.exists():
+        state = json.loads(file.read_bytes())
+        if state["pieces"]:
+            _check_same(out, state["settings"], settings)
+            return state
+        for split in state["splits"]:  # begun, and nothing recorded: whatever was written is of no use
+            shutil.rmtree(out / split, ignore_errors=True)
+    taken = [str(out / split) for split in ("train", "valid") if (out / split).exists()]
+    if taken:
+        raise UserError(f"{' and '.join(taken)}: exists, not made by this command. Choose another --out.")
+    state = {"settings": settings, "pieces": 0, "splits": {split: {} for split in splits}}
+    write_json(file, state)
+    return state
+
+
+def _check_same(out: Path, found: dict, wanted: dict) -> None:
+    changed = [key for key, value in wanted.items() if found.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{out} holds data prepared with other settings ({', '.join(changed)}): choose another --out, or delete it."
+        )
+
+
+def _describe(sources: Sequence[Path | str]) -> list[dict]:
+    """What identifies the inputs, wherever they lie."""
+    described = []
+    for source in sources:
+        described += [
+            {"name": file.name, "bytes": file.stat().st_size, "fingerprint": file_fingerprint(file)}
+            for file in source_files(source)
+        ] or [{"name": str(source)}]
+    return described
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Keeps a second process from writing to the same folder."""
+    (out / ".partial").mkdir(parents=True, exist_ok=True)
+    with open(out / ".partial" / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is preparing {out}: wait for it or choose another --out.") from error
+        yield

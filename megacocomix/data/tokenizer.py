@@ -1,0 +1,275 @@
+"""Three kinds of tokenizer behind one small class: GPT-2's byte pairs, SentencePiece, a Hugging Face folder.
+
+All of them treat text as text: a document that spells out "<|endoftext|>" gets the ids of those characters,
+never the id that ends a document. Nothing here touches the network.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import textwrap
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from megacocomix.errors import UserError
+
+T = TypeVar("T")
+END_OF_TEXT = "<|endoftext|>"
+GPT2_FOLDER = Path(__file__).parent / "gpt2"
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+# SentencePiece writes spaces as this character, so a text that really contains it needs care: it is spelled in
+# bytes (_encode_sentencepiece).
+SPACE_SYMBOL = "\u2581"
+# SentencePiece trains on text in memory: 4 M lines are a few GB, and more change a vocabulary little.
+MAX_TRAINING_LINES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back.
+
+    `sha256` identifies the vocabulary (each id and the token it stands for), not its files: the shipped GPT-2
+    and a Hugging Face folder of GPT-2 have the same. `eot_id` ends every document. All ids are < `vocab_size`.
+    """
+
+    name: str
+    vocab_size: int
+    eot_id: int
+    sha256: str
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    decode: Callable[[Sequence[int]], str]
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """The tokenizer that `spec` names: "gpt2", a SentencePiece FILE.model, or a Hugging Face folder.
+
+    Raises UserError when there is no such tokenizer, its files are damaged, or it has no end-of-text token.
+    """
+    path = Path(spec)
+    if str(spec) == "gpt2":
+        return _load_gpt2(GPT2_FOLDER)
+    if path.is_dir():
+        return _load_hugging_face(path)
+    if path.is_file() and path.suffix == ".model":
+        return _load_sentencepiece(path)
+    problem = "is not a SentencePiece .model file" if path.is_file() else "does not exist"
+    raise UserError(f"tokenizer {spec} {problem}. Valid: gpt2, FILE.model, a Hugging Face tokenizer folder.")
+
+
+def _vocabulary_sha256(tokens: dict[str, int]) -> str:
+    pairs = sorted((token_id, token) for token, token_id in tokens.items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def _load_gpt2(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
+
+    for name, expected in GPT2_SHA256.items():
+        file = folder / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            raise UserError(f"{file} of GPT-2's vocabulary is missing or damaged: install megacocomix again.")
+    # Built from its parts: no special token is registered, so none can be found in a text.
+    fast = FastTokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    return Tokenizer(
+        name="gpt2",
+        vocab_size=fast.get_vocab_size(),
+        eot_id=fast.token_to_id(END_OF_TEXT),
+        sha256=_vocabulary_sha256(fast.get_vocab()),
+        encode_batch=lambda texts: [encoding.ids for encoding in fast.encode_batch(texts)],
+        decode=lambda ids: fast.decode([int(i) for i in ids], skip_special_tokens=False),
+    )
+
+
+def _load_hugging_face(folder: Path) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parsers do
+        reason = textwrap.shorten(str(error), 200)
+        raise UserError(f"tokenizer {folder} is not a Hugging Face tokenizer folder: {reason}") from error
+    vocabulary = hf.get_vocab()
+    # A folder with a config but no vocabulary yields, without complaint, a tokenizer that knows nothing.
+    if set(vocabulary.values()) <= set(hf.all_special_ids):
+        raise UserError(f"tokenizer {folder} holds no vocabulary, such as a tokenizer.json.")
+    if hf.eos_token_id is None:
+        raise UserError(f"tokenizer {folder} has no end of text: set eos_token in its tokenizer_config.json.")
+    # verbose=False: documents longer than a model's context are what pretraining data consists of.
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return Tokenizer(
+        name=folder.resolve().name,
+        vocab_size=max(vocabulary.values()) + 1,
+        eot_id=hf.eos_token_id,
+        sha256=_vocabulary_sha256(vocabulary),
+        encode_batch=lambda texts: hf(texts, **options)["input_ids"] if texts else [],
+        decode=lambda ids: hf.decode([int(i) for i in ids], clean_up_tokenization_spaces=False),
+    )
+
+
+def _load_sentencepiece(path: Path) -> Tokenizer:
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"tokenizer {path} is not a SentencePiece model, or is damaged.") from error
+    if processor.eos_id() < 0:
+        raise UserError(f"tokenizer {path} has no end-of-text token: train it with an eos piece.")
+    vocabulary = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+    return Tokenizer(
+        name=path.stem,
+        vocab_size=processor.vocab_size(),
+        eot_id=processor.eos_id(),
+        sha256=_vocabulary_sha256(vocabulary),
+        encode_batch=functools.partial(_encode_sentencepiece, processor),
+        decode=lambda ids: processor.decode([int(i) for i in ids]),
+    )
+
+
+def _encode_sentencepiece(processor, texts: list[str]) -> list[list[int]]:
+    encoded = processor.encode(texts, num_threads=1)
+    symbol_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
+    if all(processor.is_byte(i) for i in symbol_bytes):
+        for index, text in enumerate(texts):
+            if SPACE_SYMBOL in text:  # spelled in bytes, or it would be decoded as a space
+                first, *rest = processor.encode(text.split(SPACE_SYMBOL), num_threads=1)
+                encoded[index] = functools.reduce(lambda ids, part: ids + symbol_bytes + part, rest, first)
+    return encoded
+
+
+def encode_in_parallel(
+    spec: str, batches: Iterable[list[tuple[str, T]]], workers: int
+) -> Iterator[list[tuple[np.ndarray, T]]]:
+    """Replace the text in each batch of (text, anything) by its ids, uint32 [n]; batches come out in order.
+
+    Reads ahead of what it yields by two batches a worker only, so memory stays bounded. One worker is this very
+    process. Raises UserError when a worker process dies.
+    """
+    encode = functools.partial(_encode, spec)
+    if workers == 1:
+        yield from map(encode, batches)
+        return
+    # Not forked: the tokenizer libraries run threads, which a forked child would find dead and their locks held.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    pending = deque()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError("a worker process died, out of memory perhaps: try again with fewer --workers.") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_cached_tokenizer = functools.cache(load_tokenizer)
+
+
+def _encode(spec: str, batch: list[tuple[str, T]]) -> list[tuple[np.ndarray, T]]:
+    texts, tags = zip(*batch, strict=True)
+    encoded = _cached_tokenizer(spec).encode_batch(list(texts))
+    return [(np.array(ids, dtype=np.uint32), tag) for ids, tag in zip(encoded, tags, strict=True)]
+
+
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the pool
+    parent = multiprocessing.parent_process()
+    # A killed parent cannot end the pool: without this its workers would wait for ever.
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def train_sentencepiece(documents: Iterable[str], out: str | Path, vocab_size: int) -> Tokenizer:
+    """Train a byte-pair SentencePiece model of `vocab_size` pieces, write it to `out` and load it.
+
+    Lossless: nothing is normalised, what has no piece is spelled in bytes, so decode(encode(x)) == x. Ids: 0
+    unknown (never produced), 1 end of text, 256 bytes, the learned pieces. The same documents give the same file.
+    Raises UserError when `out` exists, the documents hold no text, or the size does not suit the text.
+    """
+    import sentencepiece
+
+    out = Path(out)
+    if out.suffix != ".model":
+        raise UserError(f"--out {out} must end in .model: a SentencePiece vocabulary is known by that.")
+    if out.exists():
+        raise UserError(f"--out {out} exists already: choose another name or delete it.")
+    if vocab_size < 1:
+        raise UserError(f"--vocab-size {vocab_size} must be positive.")
+    reader_errors: list[UserError] = []
+    model = io.BytesIO()
+    sentencepiece.set_random_generator_seed(0)  # for the sample of lines, when there are too many
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(documents, reader_errors),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=2**30,  # the default drops lines of more than 4 KB
+            input_sentence_size=MAX_TRAINING_LINES,
+            shuffle_input_sentence=True,
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=END_OF_TEXT,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if reader_errors:
+            raise reader_errors[0] from None
+        raise UserError(_training_problem(str(error), vocab_size)) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".partial")
+    unfinished.write_bytes(model.getvalue())
+    os.replace(unfinished, out)
+    return load_tokenizer(out)
+
+
+def _lines(documents: Iterable[str], reader_errors: list[UserError]) -> Iterator[str]:
+    """Line ends never reach the trainer (it drops them): each is spelled as its byte, one token."""
+    try:
+        for document in documents:
+            yield from filter(None, document.split("\n"))
+    except UserError as error:
+        reader_errors.append(error)  # the trainer turns every exception into a RuntimeError
+        raise
+
+
+def _training_problem(message: str, vocab_size: int) -> str:
+    if "sentences_.empty()" in message:
+        return "there is no text to train a tokenizer on."
+    if "<= " in message and "too high" in message:
+        largest = message.rsplit("<= ", 1)[1].rstrip(".")
+        return f"--vocab-size {vocab_size} is more than this text yields: at most {largest}."
+    if "smaller than required_chars" in message:
+        smallest = message.rsplit(" vs ", 1)[1].split(".")[0]
+        return f"--vocab-size {vocab_size} is too small for the characters of this text: at least {smallest}."
+    return f"SentencePiece failed: {message}"

@@ -1,0 +1,306 @@
+"""Token shards on disk and the fixed windows that training reads from them.
+
+One split of a data set is a folder: `manifest.json` beside `shard-00000.bin`, `shard-00001.bin`, … of
+little-endian uint16 or uint32 ids, each document followed by the end-of-text id. Two foreign kinds are read in
+place: the published reference code's `train.bin` / `val.bin` (raw uint16 ids of GPT-2) and a Megatron `.bin`
+that has its `.idx` beside it. Everything is memory-mapped: there is no index to build, at any size.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from megacocomix.data.order import permuted_index
+from megacocomix.errors import UserError
+
+FORMAT = "megacocomix-tokens"
+VERSION = 1
+MANIFEST = "manifest.json"
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+MEGATRON_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # its codes for the kinds that hold token ids
+MEBIBYTE = 2**20
+
+
+class TokenShards:
+    """The tokens of one split as one long sequence.
+
+    `vocab_size` and `tokenizer_sha256` are None for the foreign kinds, which do not record them. `fingerprint`
+    identifies the content, not the path: for shards it is a hash of their recorded SHA-256s, for a foreign .bin
+    a hash of its size and of its first and last MiB.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[tuple[Path, int]],
+        dtype: np.dtype,
+        fingerprint: str,
+        vocab_size: int | None = None,
+        tokenizer_sha256: str | None = None,
+    ):
+        self.fingerprint = fingerprint
+        self.vocab_size = vocab_size
+        self.tokenizer_sha256 = tokenizer_sha256
+        for file, num_tokens in files:
+            _check_size(file, num_tokens * dtype.itemsize)
+        self._shards = [np.memmap(file, dtype=dtype, mode="r", shape=(count,)) for file, count in files]
+        self._starts = [0, *accumulate(count for _, count in files)]
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = False) -> "TokenShards":
+        """The split at `path`: a folder with a manifest, or one foreign .bin file.
+
+        The size of every file is checked; `verify` also compares the SHA-256 of every shard with the manifest
+        (a foreign .bin records none). Raises UserError that names the file and what is wrong with it.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls._open_bin(path)
+        manifest = read_manifest(path)
+        files = [(path / shard["file"], shard["num_tokens"]) for shard in manifest["shards"]]
+        tokenizer_sha256 = manifest["tokenizer"]["sha256"]
+        hashes = [shard["sha256"] for shard in manifest["shards"]]
+        identity = json.dumps([manifest["dtype"], tokenizer_sha256, hashes])
+        shards = cls(
+            files,
+            DTYPES[manifest["dtype"]],
+            hashlib.sha256(identity.encode()).hexdigest(),
+            manifest["vocab_size"],
+            tokenizer_sha256,
+        )
+        if verify:
+            for (file, _), expected in zip(files, hashes, strict=True):
+                if file_sha256(file) != expected:
+                    raise UserError(f"{file} is damaged: its SHA-256 is not the one in the manifest.")
+        return shards
+
+    @classmethod
+    def _open_bin(cls, path: Path) -> "TokenShards":
+        dtype = _bin_dtype(path)
+        size = path.stat().st_size
+        if path.suffix != ".bin" or size == 0 or size % dtype.itemsize:
+            raise UserError(
+                f"{path} ({size} bytes) is no token file: expected a folder made by tools/prepare_data.py "
+                f"or a .bin of {dtype.itemsize}-byte token ids."
+            )
+        return cls([(path, size // dtype.itemsize)], dtype, file_fingerprint(path))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens `start` … `start + count` as int64 [count], across shard boundaries."""
+        if start < 0 or count < 0 or start + count > len(self):
+            raise IndexError(f"tokens {start} to {start + count} of {len(self)}")
+        tokens = np.empty(count, dtype=np.int64)
+        filled = 0
+        while filled < count:
+            shard = bisect_right(self._starts, start + filled) - 1
+            offset = start + filled - self._starts[shard]
+            part = self._shards[shard][offset : offset + count - filled]
+            tokens[filled : filled + part.size] = part
+            filled += part.size
+        return tokens
+
+
+class TokenDataset:
+    """Windows of `context` tokens, window i at offset i * context; their order is a function of the position.
+
+    A position counts samples since the start of training, over all ranks and epochs. With `seed` None the
+    windows come in file order, every epoch alike (validation). Tokens after the last whole window are not used.
+    """
+
+    def __init__(self, shards: TokenShards, context: int, seed: int | None):
+        self.shards = shards
+        self.context = context
+        self.seed = seed
+        self.num_windows = len(shards) // context
+        if self.num_windows == 0:
+            raise UserError(f"the data holds {len(shards)} tokens, fewer than one window of {context}.")
+
+    def window_index(self, position: int) -> int:
+        """The window that is the sample at this position."""
+        epoch, index = divmod(position, self.num_windows)
+        return index if self.seed is None else permuted_index(self.seed, epoch, index, self.num_windows)
+
+    def batch(self, positions: Sequence[int]) -> np.ndarray:
+        """The samples at these positions, int64 [len(positions), context]."""
+        tokens = np.empty((len(positions), self.context), dtype=np.int64)
+        for row, position in enumerate(positions):
+            tokens[row] = self.shards.read(self.window_index(position) * self.context, self.context)
+        return tokens
+
+
+class ShardWriter:
+    """Appends tokens to shards of `shard_tokens` each (the last may be shorter) and writes the manifest.
+
+    Everything follows from `num_tokens`, so a writer made from what an earlier one's `flush` returned goes on
+    from there, whatever was written later.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: np.dtype,
+        shard_tokens: int,
+        num_tokens: int = 0,
+        num_documents: int = 0,
+        hashes: Sequence[str] = (),
+    ):
+        self.folder = folder
+        self.dtype = dtype
+        self.shard_tokens = shard_tokens
+        self.num_tokens = num_tokens
+        self.num_documents = num_documents
+        self.hashes = list(hashes)  # of the full shards
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = None
+        if num_tokens % shard_tokens:
+            self._file = open(self._path(), "r+b")  # noqa: SIM115 (closed by close)
+            self._file.seek(num_tokens % shard_tokens * dtype.itemsize)
+            self._file.truncate()
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Add tokens [n] of the current document."""
+        while tokens.size:
+            if self._file is None:
+                self._file = open(self._path(), "wb")  # noqa: SIM115
+            room = self.shard_tokens - self.num_tokens % self.shard_tokens
+            self._file.write(tokens[:room].astype(self.dtype, copy=False))
+            full = tokens.size >= room
+            path = self._path()
+            self.num_tokens += min(room, tokens.size)
+            tokens = tokens[room:]
+            if full:
+                self._end_shard(path)
+
+    def end_document(self, eot_id: int) -> None:
+        """Add the end-of-text id."""
+        self.append(np.array([eot_id]))
+        self.num_documents += 1
+
+    def flush(self) -> dict:
+        """Bring everything to the disk; returns the arguments that make a writer go on from here."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        return {"num_tokens": self.num_tokens, "num_documents": self.num_documents, "hashes": [*self.hashes]}
+
+    def close(self) -> None:
+        """Give up the open shard; what was not flushed may be lost."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def finish(self, settings: dict) -> dict:
+        """End the last shard, then write and return the manifest: its own fields and `settings`."""
+        if self._file is not None:
+            self._end_shard(self._path())
+        starts = range(0, self.num_tokens, self.shard_tokens)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": self.dtype.name,
+            **settings,
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "shards": [
+                {
+                    "file": _shard_name(index),
+                    "num_tokens": min(self.shard_tokens, self.num_tokens - start),
+                    "sha256": sha256,
+                }
+                for index, (start, sha256) in enumerate(zip(starts, self.hashes, strict=True))
+            ],
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        return manifest
+
+    def _path(self) -> Path:
+        return self.folder / _shard_name(self.num_tokens // self.shard_tokens)
+
+    def _end_shard(self, path: Path) -> None:
+        self.flush()
+        self.close()
+        self.hashes.append(file_sha256(path))
+
+
+def _shard_name(index: int) -> str:
+    return f"shard-{index:05d}.bin"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type of a shard that holds every id of the vocabulary."""
+    return DTYPES["uint16" if vocab_size <= 2**16 else "uint32"]
+
+
+def write_json(file: Path, value: dict) -> None:
+    """Write it whole or not at all."""
+    unfinished = file.with_name(file.name + ".new")
+    with open(unfinished, "w") as stream:
+        json.dump(value, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, file)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of one split; UserError when the folder has none, or one that this version cannot read."""
+    file = folder / MANIFEST
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist: make it with tools/prepare_data.py.")
+    if not file.is_file():
+        splits = " ".join(str(manifest.parent) for manifest in sorted(folder.glob(f"*/{MANIFEST}")))
+        hint = f"give one of its splits: {splits}" if splits else "tools/prepare_data.py did not finish it"
+        raise UserError(f"{folder} holds no {MANIFEST}: {hint}.")
+    try:
+        manifest = json.loads(file.read_bytes())
+        found = manifest["format"], manifest["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: prepare the data again.") from error
+    if found != (FORMAT, VERSION):
+        raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {FORMAT} version {VERSION}.")
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of the whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of the file's size and its first and last MiB: tells big files apart without reading them."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(MEBIBYTE)
+        file.seek(max(0, size - MEBIBYTE))
+        return hashlib.sha256(b"%d\n" % size + head + file.read()).hexdigest()
+
+
+def _check_size(file: Path, expected: int) -> None:
+    if not file.is_file():
+        raise UserError(f"{file} is missing: the manifest lists it with {expected} bytes.")
+    found = file.stat().st_size
+    if found != expected:
+        raise UserError(f"{file} has {found} bytes, expected {expected}: copy or prepare the data again.")
+
+
+def _bin_dtype(path: Path) -> np.dtype:
+    """uint16 for a plain .bin; what the header of the .idx says where Megatron put one beside it."""
+    index = path.with_suffix(".idx")
+    if not index.is_file():
+        return DTYPES["uint16"]
+    with open(index, "rb") as file:
+        header = file.read(len(MEGATRON_MAGIC) + 9)
+    code = header[-1] if header.startswith(MEGATRON_MAGIC + struct.pack("<Q", 1)) else None
+    if code not in MEGATRON_DTYPES:
+        raise UserError(f"{index} is not a Megatron index of token ids that this version reads.")
+    return MEGATRON_DTYPES[code]
