@@ -1,0 +1,1 @@
+"""The student as plain single-process PyTorch: knows no mesh."""

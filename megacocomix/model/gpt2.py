@@ -1,0 +1,144 @@
+"""GPT-2 as one reads it in the paper, with one optional guest: the concept module before block `insertion_layer`.
+
+Shapes: B batch, T tokens, S positions (T before mixing, 2T after), D width, H heads, V vocabulary, C concepts.
+
+What is unusual: the concept module doubles the number of positions half-way, so later blocks see [h_1, c_1, h_2, c_2,
+…], and only the concept positions reach the head. Parameter names never depend on how a run is laid out.
+"""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megacocomix.config import Config, ModelConfig
+from megacocomix.model.concept import ConceptMixer
+
+LAYER_NORM_EPS = 1e-5
+INIT_STD = 0.02
+
+
+class Embedding(nn.Module):
+    """Token plus learned position embedding: int64 [B, T] → [B, T, D]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.context, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens_BT):
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return self.dropout(self.tokens(tokens_BT) + self.positions(positions_T))
+
+
+class Attention(nn.Module):
+    """Causal self-attention [B, S, D] → [B, S, D].
+
+    The rows of `qkv` lie head by head ([H, 3, D/H]), not as Q, K and V blocks as in Hugging Face: so a cut by heads is
+    one contiguous piece. The number of heads is read off the weight (-1), because it may have been cut.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_size = config.hidden_size // config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BSD):
+        batch, positions, _ = x_BSD.shape
+        qkv = self.qkv(x_BSD).view(batch, positions, -1, 3, self.head_size)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        dropout = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        return self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, positions, -1)))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a tanh-approximated GELU: [B, S, D] → [B, S, D]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.down = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BSD):
+        return self.dropout(self.down(F.gelu(self.up(x_BSD), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """A pre-LayerNorm transformer block: [B, S, D] → [B, S, D]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.attention = Attention(config)
+        self.norm_2 = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BSD):
+        x_BSD = x_BSD + self.attention(self.norm_1(x_BSD))
+        return x_BSD + self.mlp(self.norm_2(x_BSD))
+
+
+class GPT2(nn.Module):
+    """The language model, with the concept module before block `insertion_layer` when one is given."""
+
+    def __init__(self, config: ModelConfig, concept: ConceptMixer | None = None, insertion_layer: int | None = None):
+        super().__init__()
+        self.embed = Embedding(config)
+        self.blocks = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers)})
+        self.concept = concept
+        self.insertion_layer = insertion_layer
+        self.norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head.weight = self.embed.tokens.weight
+
+    def forward(self, tokens_BT):
+        """int64 tokens [B, T] → (next-token logits [B, T, V], concept logits [B, T, C] or None)."""
+        x, concept_logits_BTC = self.embed(tokens_BT), None
+        for index, block in self.blocks.items():
+            if self.concept is not None and int(index) == self.insertion_layer:
+                x, concept_logits_BTC = self.concept(x)
+            x = block(x)
+        if self.concept is not None:
+            x = x[:, 1::2]  # only concept positions predict (reference modeling_gpt2_cocomix.py:1358)
+        return self.head(self.norm(x)), concept_logits_BTC
+
+
+def assemble(config: Config) -> GPT2:
+    """The student of a config, its weights not yet set."""
+    method = config.method
+    if not config.concepts:
+        return GPT2(config.model)
+    concept = ConceptMixer(config.model.hidden_size, method.num_concepts, method.num_kept)
+    return GPT2(config.model, concept, method.insertion_layer)
+
+
+def build_model(config: Config) -> GPT2:
+    """The student of a config, on the CPU in fp32, with weights from `training.seed`."""
+    model = assemble(config)
+    initialise(model, config.training.seed)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: GPT2, seed: int) -> None:
+    """GPT-2's initialisation: N(0, 0.02), residual projections narrower by √(2·layers), biases 0, LayerNorm 1.
+
+    Each parameter draws from a generator of its own, seeded by (seed, name): its values depend on no other parameter.
+    """
+    residual_std = INIT_STD / math.sqrt(2 * len(model.blocks))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            is_gain = "norm" in name and name.endswith(".weight")
+            parameter.fill_(1.0 if is_gain else 0.0)
+            continue
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        is_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        parameter.normal_(0.0, residual_std if is_residual else INIT_STD, generator=generator)

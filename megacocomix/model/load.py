@@ -1,0 +1,142 @@
+"""Weights on disk → a model in memory. What a folder holds is recognised by its files:
+
+- a run folder of ours (`config.yaml`, `checkpoints/`): its newest complete checkpoint;
+- a checkpoint folder of ours (`checkpoint.json`): fp32 weights by parameter name;
+- a Hugging Face GPT-2 folder (`config.json` with model_type gpt2, `model.safetensors`).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megacocomix.config import Config, ModelConfig, build_config
+from megacocomix.errors import UserError
+from megacocomix.model.gpt2 import GPT2, assemble
+from megacocomix.model.hf_names import load_hf_weights
+
+CHECKPOINT_FILE = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, the config it was trained with where it is one of ours, and the SHA-256 of its weights files."""
+
+    model: GPT2
+    shape: ModelConfig
+    config: Config | None
+    sha256: str
+    path: Path
+
+
+def load_model(path: str | Path) -> LoadedModel:
+    """Load a model on the CPU in fp32 from any folder named above. Raises UserError where it is none of them."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"model folder {path} does not exist.")
+    if (path / "checkpoints").is_dir():
+        path = latest_checkpoint(path)
+    if (path / CHECKPOINT_FILE).is_file():
+        return _load_ours(path)
+    if (path / "config.json").is_file():
+        return _load_hf(path)
+    raise UserError(f"{path} holds no model: expected a run, a checkpoint of ours or a Hugging Face GPT-2 folder.")
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first: only these carry their final name."""
+    return sorted(Path(run).glob("checkpoints/step-*"), key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def latest_checkpoint(run: str | Path) -> Path:
+    """The newest complete checkpoint of a run. Raises UserError where there is none."""
+    found = list_checkpoints(run)
+    if not found:
+        raise UserError(f"{run} holds no checkpoint yet.")
+    return found[-1]
+
+
+def read_checkpoint_manifest(folder: Path) -> dict:
+    """checkpoint.json of a checkpoint of ours; the sizes of all files it names are checked. Raises UserError."""
+    manifest = json.loads((folder / CHECKPOINT_FILE).read_text())
+    for name, entry in manifest["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if size != entry["bytes"]:
+            raise UserError(
+                f"{folder / name} is damaged: {size} bytes, expected {entry['bytes']}. Use an earlier checkpoint."
+            )
+    return manifest
+
+
+@torch.no_grad()
+def load_weights(model: GPT2, folder: Path) -> str:
+    """Copy the weights of a checkpoint of ours into `model`; returns their SHA-256. Raises UserError where the two
+    differ."""
+    manifest = read_checkpoint_manifest(folder)
+    weights = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith("weights-")}
+    parameters = dict(model.named_parameters())
+    for file_name in weights:
+        with safe_open(folder / file_name, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name not in parameters or list(parameters[name].shape) != file.get_slice(name).get_shape():
+                    raise UserError(f"{folder}: {name} is not a parameter of this model, or has another shape there.")
+                parameters.pop(name).copy_(file.get_tensor(name))
+    if parameters:
+        raise UserError(f"{folder} lacks {' '.join(sorted(parameters))}.")
+    return hashlib.sha256("".join(weights[name] for name in sorted(weights)).encode()).hexdigest()
+
+
+def _load_ours(folder: Path) -> LoadedModel:
+    config = build_config(read_checkpoint_manifest(folder)["config"], f"{folder}/{CHECKPOINT_FILE}")
+    model = assemble(config)
+    return LoadedModel(model, config.model, config, load_weights(model, folder), folder)
+
+
+def _load_hf(folder: Path) -> LoadedModel:
+    shape = _hf_shape(folder)
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights} does not exist: save the teacher with safetensors in one file.")
+    model = GPT2(shape)
+    try:
+        with safe_open(weights, "pt") as file:
+            # GPT2Model saves bare names, GPT2LMHeadModel puts `transformer.` before them.
+            prefix = "transformer." if "transformer.wte.weight" in file.keys() else ""  # noqa: SIM118
+            load_hf_weights(
+                model, lambda name: file.get_tensor(prefix + name.removeprefix("transformer.")), shape.num_heads
+            )
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{weights} does not hold the GPT-2 that config.json describes: {error}.") from None
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return LoadedModel(model, shape, None, digest, folder)
+
+
+def _hf_shape(folder: Path) -> ModelConfig:
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json is not JSON: {error}.") from None
+    if values.get("model_type") != "gpt2":
+        raise UserError(f"{folder} is a {values.get('model_type')} model; only gpt2 can be read.")
+    expected = {
+        "activation_function": "gelu_new",
+        "n_inner": None,
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    }
+    for key, value in expected.items():
+        if values.get(key, value) != value and not (key == "n_inner" and values[key] == 4 * values["n_embd"]):
+            raise UserError(f"{folder}/config.json: {key} is {values[key]!r}; only {value!r} can be read.")
+    return ModelConfig(
+        num_layers=values["n_layer"],
+        hidden_size=values["n_embd"],
+        num_heads=values["n_head"],
+        context=values["n_positions"],
+        vocab_size=values["vocab_size"],
+        dropout=0.0,
+    )

@@ -1,0 +1,114 @@
+import pytest
+import tiny
+import torch
+
+from megacocomix.config import ModelConfig
+from megacocomix.model.concept import ConceptMixer, interleave, standardize
+from megacocomix.model.gpt2 import GPT2, build_model, initialise
+from megacocomix.model.losses import MASKED, label_cross_entropy, next_token_targets
+
+SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
+
+
+def student(insertion_layer):
+    model = GPT2(SHAPE, ConceptMixer(SHAPE.hidden_size, tiny.LATENTS, 4), insertion_layer)
+    initialise(model, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    return model
+
+
+def random_tokens(rows=2):
+    return torch.randint(tiny.VOCAB, (rows, tiny.CONTEXT), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("insertion_layer", [0, 1, 2])
+def test_changing_a_token_changes_no_logit_before_it(insertion_layer):
+    model, tokens = student(insertion_layer), random_tokens()
+    logits, concept_logits = model(tokens)
+    for position in range(1, tiny.CONTEXT):
+        changed = tokens.clone()
+        changed[:, position] = (changed[:, position] + 1) % tiny.VOCAB
+        other, other_concepts = model(changed)
+        assert torch.equal(logits[:, :position], other[:, :position])
+        assert torch.equal(concept_logits[:, :position], other_concepts[:, :position])
+        assert not torch.equal(logits[:, position:], other[:, position:])
+
+
+def test_a_shorter_window_gives_the_same_logits():
+    model, tokens = student(1), random_tokens()
+    torch.testing.assert_close(model(tokens[:, :7])[0], model(tokens)[0][:, :7], rtol=0, atol=1e-5)
+
+
+def test_a_concept_stands_right_after_its_token():
+    x, c = torch.zeros(1, 3, 2), torch.ones(1, 3, 2)
+    assert interleave(x, c)[0, :, 0].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_compress_of_k_rows_equals_the_dense_product_in_value_and_gradient():
+    mixer = ConceptMixer(8, 50, 4).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.normal_(generator=generator)
+    x = torch.randn(2, 5, 8, generator=generator, dtype=torch.double)
+
+    def dense():
+        normed, mean, std = standardize(x)
+        logits = mixer.predict(normed.double() - mixer.pre_bias)
+        kept = torch.zeros_like(logits).scatter(-1, logits.topk(4).indices, logits.topk(4).values)
+        concept = (kept @ mixer.compress.weight + mixer.compress.bias + mixer.pre_bias) * std + mean
+        return interleave(x, concept)
+
+    parameters = list(mixer.parameters())
+    sparse = mixer(x)[0]
+    torch.testing.assert_close(sparse, dense())
+    ours = torch.autograd.grad(sparse.square().sum(), parameters)
+    theirs = torch.autograd.grad(dense().square().sum(), parameters)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("num_labels", [1, 4])
+def test_label_cross_entropy_equals_the_mean_of_single_label_ones(num_labels, monkeypatch):
+    monkeypatch.setattr("megacocomix.model.losses.CHUNK_ELEMENTS", 3 * 11)  # chunks of three rows
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 11, generator=generator, requires_grad=True)
+    labels = torch.stack([torch.randperm(11, generator=generator)[:num_labels] for _ in range(10)]).view(2, 5, -1)
+    labels[1, 2] = MASKED
+    each = [
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[..., k].flatten(), ignore_index=-1, reduction="sum"
+        )
+        for k in range(num_labels)
+    ]
+    ours, theirs = label_cross_entropy(logits, labels), torch.stack(each).mean()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(3 * ours, logits), torch.autograd.grad(3 * theirs, logits))
+
+
+def test_label_cross_entropy_of_bf16_logits_sums_in_fp32():
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    labels = torch.tensor([[1], [2], [3], [4]])
+    exact = torch.nn.functional.cross_entropy(logits.double(), labels[:, 0], reduction="sum")
+    assert label_cross_entropy(logits, labels).item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_the_last_position_of_a_window_has_no_target():
+    targets = next_token_targets(torch.tensor([[5, 6, 7]]))
+    assert targets[..., 0].tolist() == [[6, 7, MASKED]]
+
+
+def test_a_parameters_initial_value_depends_on_seed_and_name_alone(tmp_path):
+    small = build_model(tiny.config(tmp_path))
+    deeper = build_model(tiny.config(tmp_path, model={"num_layers": 5}))
+    other = build_model(tiny.config(tmp_path, training={"seed": 1}))
+    name = "embed.tokens.weight"
+    assert torch.equal(small.get_parameter(name), deeper.get_parameter(name))
+    assert not torch.equal(small.get_parameter(name), other.get_parameter(name))
+
+
+def test_the_models_heads_are_tied():
+    model = student(1)
+    assert model.head.weight is model.embed.tokens.weight
+    assert [name for name, _ in model.named_parameters()].count("head.weight") == 0

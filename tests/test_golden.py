@@ -1,0 +1,180 @@
+"""Parity with the published CoCoMix code, from a file of its inputs, weights and results (see tests/golden/README.md).
+
+The case is read from the file: `python -m pytest tests/test_golden.py --golden FILE` proves parity on any such file.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from megacocomix.config import build_config
+from megacocomix.model.gpt2 import GPT2, build_model
+from megacocomix.model.hf_names import load_hf_weights, to_hf
+from megacocomix.teacher.attribution import attribute, select_labels
+from megacocomix.teacher.gpt2 import Teacher
+from megacocomix.teacher.sae import TopKSAE
+from megacocomix.training.objective import batch_loss, count_labelled
+from megacocomix.training.optimizer import build_optimizer, set_learning_rate
+
+LOSS_TOLERANCE = 1e-6  # relative
+TENSOR_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def golden(request):
+    path = request.config.getoption("--golden")
+    with safe_open(path, "pt") as file:
+        case = json.loads(file.metadata()["case"])
+    return case, load_file(path)
+
+
+@pytest.fixture(scope="module")
+def config(golden):
+    case, tensors = golden
+    positions, _ = tensors["student.transformer.wpe.weight"].shape
+    return build_config(
+        {
+            "run": "golden",
+            "model": {
+                "num_layers": case["s_layer"],
+                "hidden_size": case["s_embd"],
+                "num_heads": case["s_head"],
+                "context": positions,
+                "vocab_size": case["vocab"],
+                "dropout": 0.0,
+            },
+            "method": {
+                "name": "cocomix",
+                "insertion_layer": case["insert"],
+                "num_concepts": case["latents"],
+                "num_kept": case["k"],
+                "num_labels": case["k_attr"],
+                "concept_weight": case["lam"],
+                "match_reference": True,
+            },
+            "data": {"train": "", "valid": "", "tokenizer": "gpt2"},
+            "optimizer": {"lr": case["lr"], "min_lr": case["lr"], "warmup_steps": 0},
+            "training": {
+                "steps": case["steps"],
+                "global_batch": case["batch"],
+                "micro_batch": case["batch"],
+                "precision": "fp32",
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(golden, config):
+    case, tensors = golden
+    shape = config.model.model_copy(
+        update={
+            "num_layers": case["t_layer"],
+            "hidden_size": case["t_embd"],
+            "num_heads": case["t_head"],
+            "context": case["ctx"],
+        }
+    )
+    model = GPT2(shape)
+    load_hf_weights(model, lambda name: tensors[f"teacher.{name}"], case["t_head"])
+    return Teacher(model, case["sae_layer"], case["location"])
+
+
+@pytest.fixture(scope="module")
+def sae(golden):
+    case, tensors = golden
+    names = ("pre_bias", "encoder.weight", "latent_bias", "decoder.weight")
+    return TopKSAE.from_openai({name: tensors[f"sae.{name}"] for name in names}, case["k"])
+
+
+@pytest.fixture
+def student(golden, config):
+    case, tensors = golden
+    model = build_model(config)
+    load_hf_weights(model, lambda name: tensors[f"student.{name}"], case["s_head"])
+    return model
+
+
+def close(actual, expected, tolerance=TENSOR_TOLERANCE):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def in_hf_layout(named, num_heads):
+    return dict(to_hf(name, tensor.detach(), num_heads) for name, tensor in named)
+
+
+def without_key_bias(name, tensor):
+    """The key third of the attention bias has a mathematically zero gradient, which AdamW blows up to noise."""
+    if not name.endswith("attn.c_attn.bias"):
+        return tensor
+    query, _, value = tensor.chunk(3)
+    return torch.cat((query, value))
+
+
+def test_teacher_logits(golden, teacher):
+    _, tensors = golden
+    close(teacher.logits(tensors["input_ids"][0]), tensors["teacher_logits"])
+
+
+def test_attribution(golden, teacher, sae):
+    _, tensors = golden
+    index, score = attribute(teacher, sae, tensors["input_ids"][0])
+    dense = torch.zeros_like(tensors["attribution"]).scatter(-1, index, score)
+    assert tensors["attribution"].abs().max() > 0
+    scale = tensors["attribution"].abs().max()
+    close(dense / scale, tensors["attribution"] / scale)
+
+
+def test_no_teacher_parameter_gets_a_gradient(golden, teacher, sae):
+    _, tensors = golden
+    attribute(teacher, sae, tensors["input_ids"][0])
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+
+
+def test_labels_where_the_reference_had_a_choice(golden, config, teacher, sae):
+    case, tensors = golden
+    for step in range(case["steps"]):
+        attribution = attribute(teacher, sae, tensors["input_ids"][step])
+        labels = select_labels(attribution, config.method.num_labels, config.method.mask_unlabelled)
+        decided = tensors[f"label_margin.{step}"] > 0
+        assert decided.any()
+        expected = tensors[f"labels.{step}"][decided]
+        assert torch.equal(labels[decided].sort(-1).values, expected.sort(-1).values)
+
+
+def test_student_logits_and_concept_logits(golden, student):
+    _, tensors = golden
+    logits, concept_logits = student(tensors["input_ids"][0])
+    close(concept_logits, tensors["concept_logits"])
+    close(logits, tensors["logits"])
+
+
+def test_losses_gradients_and_weights_over_the_steps(golden, config, student):
+    case, tensors = golden
+    optimizer = build_optimizer(student, config.optimizer)
+    set_learning_rate(optimizer, config.optimizer.lr)
+    for step in range(case["steps"]):
+        tokens, labels = tensors["input_ids"][step], tensors[f"labels.{step}"]
+        num_targets = tokens.shape[0] * (tokens.shape[1] - 1)
+        loss = batch_loss(
+            *student(tokens), tokens, labels, num_targets, count_labelled(labels), config.method.concept_weight
+        )
+        optimizer.zero_grad()
+        loss.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimizer.clip)
+        measured = torch.stack((loss.next_token, loss.concept, loss.total.detach(), norm))
+        torch.testing.assert_close(measured, tensors[f"loss.{step}"], rtol=LOSS_TOLERANCE, atol=0)
+        if step == 0:
+            gradients = ((name, parameter.grad) for name, parameter in student.named_parameters())
+            for name, gradient in in_hf_layout(gradients, case["s_head"]).items():
+                close(gradient, tensors[f"grad0_clipped.{name}"])
+        optimizer.step()
+    for name, weight in in_hf_layout(student.named_parameters(), case["s_head"]).items():
+        actual, expected = (without_key_bias(name, w) for w in (weight, tensors[f"student_after.{name}"]))
+        # As a norm: where a gradient is about Adam's eps, its rounding is blown up to a visible part of the learning
+        # rate in single elements.
+        assert (actual - expected).norm() <= TENSOR_TOLERANCE * expected.norm(), name
+        close(actual, expected, 10 * TENSOR_TOLERANCE)
