@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Pretrain a model. The same command starts a run and resumes it.
+
+    deepspeed launcher/pretrain.py --config configs/1.38b.yaml
+    torchrun --nproc-per-node 8 launcher/pretrain.py --config configs/386m.yaml training.micro_batch=16
+    python launcher/pretrain.py --config configs/tiny.yaml method.name=ntp run=runs/control
+
+Exit codes: 0 finished, 2 a mistake in the config or its files, 75 stopped on a signal after saving, 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Before torch is imported: several processes on one host would each take every core. deepspeed and torchrun name
+# their number differently.
+processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+from megacocomix.config import load_config  # noqa: E402
+from megacocomix.errors import run_cli  # noqa: E402
+
+
+def main() -> int:
+    """Parse the command line, train, return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML recipe, such as configs/tiny.yaml")
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # deepspeed passes it; we read LOCAL_RANK
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change an option of the recipe")
+    options = parser.parse_args()
+    config = load_config(options.config, options.overrides)
+
+    from megacocomix.parallel.runtime import start_runtime, stop_runtime
+
+    runtime = start_runtime()
+    try:
+        from megacocomix.training.trainer import train
+
+        return train(config, runtime)
+    finally:
+        stop_runtime()
+
+
+if __name__ == "__main__":
+    run_cli(main)

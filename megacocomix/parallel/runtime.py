@@ -1,0 +1,62 @@
+"""The processes of a run: who am I among them, and on which device. Works under deepspeed, torchrun and plain
+python."""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megacocomix.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the `world` processes of the job; all of them are data ranks."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes what is written once."""
+        return self.rank == 0
+
+
+def start_runtime() -> Runtime:
+    """Join the job that the launcher's environment describes, or be a job of one. Raises UserError when peers cannot be
+    met."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # DeepSpeed reads these again, and picks an accelerator of its own where none is named.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
+    has_gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
+    if has_gpu:
+        torch.cuda.set_device(local_rank)
+    # CPU tensors go over gloo in either case: signals and counts must not wait for a GPU stream.
+    backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+    if world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        try:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        except (dist.DistError, ValueError, RuntimeError) as error:
+            raise UserError(f"rank {rank} of {world} could not meet the others: {error}") from None
+    return Runtime(rank, world, torch.device("cuda", local_rank) if has_gpu else torch.device("cpu"))
+
+
+def stop_runtime() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout for one step on one rank. A pure function, so a resumed run needs no stored generator state; dropout
+    masks depend on the number of ranks, everything else that is random does not."""
+    value = random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
+    torch.manual_seed(value)

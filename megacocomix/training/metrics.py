@@ -1,0 +1,119 @@
+"""Where numbers go: RUN/metrics.jsonl always, a console line, Weights & Biases and TensorBoard when asked."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megacocomix.config import Config
+from megacocomix.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Rank 0's metrics of a run. Every record is one JSON line, on disk before the next step begins."""
+
+    def __init__(self, run: Path, config: Config, first_step: int):
+        self._file = open(run / METRICS_FILE, "a")  # noqa: SIM115 (closed in close)
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._wandb = _start_wandb(run, config) if config.logging.wandb else None
+        self._board = _start_tensorboard(run) if config.logging.tensorboard else None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not sys.stdout.isatty(),
+        )
+        self._last_step = config.training.stop_after or config.training.steps
+        self._task = self._progress.add_task(config.method.name, total=self._last_step, completed=first_step)
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        self._progress.update(self._task, completed=step)
+
+    def train(self, record: dict, seconds_per_step: float) -> None:
+        """A training line; the console gets a short form with the time that is left."""
+        self._write(record)
+        concept = "" if record["concept_loss"] is None else f"concept {record['concept_loss']:.3f}  "
+        mfu = "" if record["mfu"] is None else f"MFU {record['mfu']:.1%}  "
+        left = _clock((self._last_step - record["step"]) * seconds_per_step)
+        self.console.print(
+            f"step {record['step']:>6}/{self._last_step}  loss {record['loss']:.4f}  {concept}lr {record['lr']:.2e}  "
+            f"norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s  "
+            f"{record['flops_per_second'] / 1e9:,.1f} GFLOP/s  {mfu}{record['memory_gib']:.2f} GiB  {left} left"
+        )
+
+    def valid(self, record: dict) -> None:
+        """A validation line."""
+        self._write(record)
+        self.say(
+            f"step {record['step']:>6}/{self._last_step}  valid loss {record['valid_loss']:.4f}  "
+            f"ppl {record['valid_ppl']:.2f}"
+        )
+
+    def say(self, line: str) -> None:
+        """A line on the console, above the progress bar."""
+        self.console.print(line)
+
+    def close(self) -> None:
+        """Flush and finish every sink."""
+        self._progress.stop()
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+        if self._board:
+            self._board.close()
+
+    def _write(self, record: dict) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in record.items() if value is not None}
+        if self._wandb:
+            self._wandb.log(numbers, step=record["step"])
+        if self._board:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, record["step"])
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
+
+
+def _start_wandb(run: Path, config: Config):
+    import wandb
+
+    # The id is kept in the run folder: a resumed run goes on in the same Weights & Biases run.
+    id_file = run / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    return wandb.init(
+        project="megacocomix",
+        name=run.name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=run,
+        mode=mode,
+        config=config.model_dump(mode="json"),
+    )
+
+
+def _start_tensorboard(run: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "logging.tensorboard needs the package tensorboard: pip install 'megacocomix[tensorboard]'."
+        ) from None
+    return SummaryWriter(run / "tensorboard")

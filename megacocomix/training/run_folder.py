@@ -1,0 +1,84 @@
+"""The run folder: one place for everything a run writes.
+
+config.yaml (resolved) · code.json (version, commit, command) · metrics.jsonl · logs/ · checkpoints/ · evals/ · plots/
+"""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+from megacocomix import __version__
+from megacocomix.config import Config, build_config, dump_config, parse_yaml
+from megacocomix.errors import UserError
+
+# What may change between two starts of one run: nothing here alters the weights of any step.
+FREE = {"run", "parallel", "checkpoint", "evaluation", "logging", "training.stop_after", "training.micro_batch"}
+
+
+def check_run_folder(config: Config) -> Path:
+    """The run folder of a config: new, or of the same config. Raises UserError when it belongs to another one."""
+    run = Path(config.run)
+    stored = run / "config.yaml"
+    if stored.is_file():
+        _check_same(config, build_config(parse_yaml(stored.read_text(), str(stored)), str(stored)), run)
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"run {run} exists and is not a run folder. Choose another: run=PATH.")
+    return run
+
+
+def write_run_folder(config: Config, run: Path) -> None:
+    """Make the folder and write the resolved config and the code version into it. Raises UserError when it cannot be
+    written."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text(dump_config(config))
+        (run / "code.json").write_text(json.dumps(code_version() | {"command": sys.argv}, indent=1))
+    except OSError as error:
+        raise UserError(f"run {run} cannot be written: {error.strerror}.") from None
+
+
+def log_to_file(run: Path, rank: int) -> None:
+    """Send this process's log records to RUN/logs/rank-N.log too."""
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run / "logs" / f"rank-{rank:05d}.log")
+    handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("megacocomix").setLevel(logging.INFO)
+
+
+def code_version() -> dict:
+    """Package version and, in a git checkout, the commit and whether tracked files differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        here = Path(__file__).parent
+        result = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    try:
+        commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except OSError:  # no git on this machine
+        commit = changed = None
+    return {"version": __version__, "commit": commit, "modified": bool(changed)}
+
+
+def _check_same(config: Config, stored: Config, run: Path) -> None:
+    ours, theirs = _flat(config), _flat(stored)
+    different = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    if different:
+        raise UserError(
+            f"run {run} belongs to another config:",
+            *(f"  {key} is {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in different),
+            "Choose another folder with run=PATH, or give the values of the folder's config.yaml.",
+        )
+
+
+def _flat(config: Config) -> dict:
+    flat = {}
+    for section, values in config.model_dump(mode="json").items():
+        for field, value in values.items() if isinstance(values, dict) else [(None, values)]:
+            key = f"{section}.{field}" if field else section
+            if section not in FREE and key not in FREE:
+                flat[key] = value
+    return flat

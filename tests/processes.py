@@ -1,0 +1,83 @@
+"""Run a function on several gloo ranks: `run_processes(2, function, arg)` → its return values by rank.
+
+The function must be defined at the top of a test module. Output comes with the rank before each line; a rank that fails
+or hangs ends the others, and its traceback is the error.
+"""
+
+import io
+import multiprocessing
+import os
+import queue
+import socket
+import sys
+import time
+import traceback
+
+
+class _Tagged(io.TextIOBase):
+    def __init__(self, stream, rank):
+        self._stream, self._tag, self._line = stream, f"[rank {rank}] ", ""
+
+    def write(self, text):
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._stream.write(f"{self._tag}{line}\n")
+        self._stream.flush()
+        return len(text)
+
+    def flush(self):
+        self._stream.flush()
+
+
+def run_processes(world, function, *arguments, timeout=240):
+    """Call `function(*arguments)` in `world` fresh processes that know each other as a job of `world` ranks."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
+    processes = [
+        context.Process(target=_work, args=(rank, environment, function, arguments, results), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    outcomes, deadline = {}, time.monotonic() + timeout
+    try:
+        while len(outcomes) < world:
+            try:
+                rank, value, error = results.get(timeout=1)
+            except queue.Empty:
+                dead = [
+                    rank for rank, p in enumerate(processes) if rank not in outcomes and p.exitcode not in (None, 0)
+                ]
+                if dead:
+                    raise AssertionError(f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}") from None
+                if time.monotonic() > deadline:
+                    missing = sorted(set(range(world)) - set(outcomes))
+                    raise AssertionError(f"ranks {missing} gave no result within {timeout} s") from None
+                continue
+            if error:
+                raise AssertionError(f"rank {rank} failed:\n{error}")
+            outcomes[rank] = value
+        for process in processes:
+            process.join(20)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return [outcomes[rank] for rank in range(world)]
+
+
+def _work(rank, environment, function, arguments, results):
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.stdout, sys.stderr = _Tagged(sys.stdout, rank), _Tagged(sys.stderr, rank)
+    try:
+        results.put((rank, function(*arguments), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

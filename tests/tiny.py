@@ -1,0 +1,73 @@
+"""A run small enough for a test: random tokens in the reference's format, a random teacher, a random autoencoder."""
+
+import numpy as np
+import torch
+
+from megacocomix.config import ModelConfig, build_config
+from megacocomix.model.gpt2 import GPT2, initialise
+from megacocomix.model.load import LoadedModel
+from megacocomix.teacher.sae import TopKSAE
+
+VOCAB, CONTEXT, LATENTS = 97, 16, 64
+SHAPE = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "context": CONTEXT, "vocab_size": VOCAB}
+
+
+def write_tokens(path, num_tokens, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.random.default_rng(seed).integers(0, VOCAB, num_tokens, dtype=np.uint16).tofile(path)
+
+
+def make_teacher(folder):
+    """A random GPT-2 in Hugging Face's format."""
+    from megacocomix.checkpoint.hf import export_gpt2
+
+    shape = ModelConfig(**SHAPE | {"hidden_size": 24}, dropout=0.0)
+    model = GPT2(shape)
+    initialise(model, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)  # so that gradients differ between positions
+    export_gpt2(LoadedModel(model, shape, None, "", folder), folder, "gpt2")
+
+
+def make_sae(file, width=24, latents=LATENTS, k=8, **info):
+    generator = torch.Generator().manual_seed(3)
+    sae = TopKSAE(width, latents, k)
+    with torch.no_grad():
+        sae.encoder.normal_(generator=generator)
+        sae.decoder.copy_(torch.nn.functional.normalize(sae.encoder, dim=-1))
+    sae.save(file, info)
+
+
+def make_inputs(folder):
+    """Data, teacher and autoencoder under `folder`."""
+    write_tokens(folder / "train.bin", 200 * CONTEXT)
+    write_tokens(folder / "val.bin", 10 * CONTEXT, seed=1)
+    make_teacher(folder / "teacher")
+    make_sae(folder / "sae.safetensors")
+
+
+def values(folder, run="run"):
+    """The nested values of a config on the inputs in `folder`."""
+    return {
+        "run": str(folder / run),
+        "model": dict(SHAPE),
+        "method": {"name": "cocomix", "insertion_layer": 1, "num_concepts": LATENTS, "num_kept": 4, "num_labels": 3},
+        "teacher": {"model": str(folder / "teacher"), "sae": str(folder / "sae.safetensors"), "sae_layer": 1},
+        "data": {"train": str(folder / "train.bin"), "valid": str(folder / "val.bin"), "tokenizer": "gpt2"},
+        # eps: the key bias has a mathematically zero gradient, which a small eps would blow up to noise.
+        "optimizer": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 1, "eps": 1e-5},
+        "training": {"steps": 6, "global_batch": 8, "micro_batch": 2, "precision": "fp32"},
+        "parallel": {"zero": 3},
+        "checkpoint": {"every": 3},
+        "evaluation": {"every": 3, "batches": 1},
+        "logging": {"every": 1},
+    }
+
+
+def config(folder, run="run", **sections):
+    """A checked config; `training={"steps": 3}` and the like change sections."""
+    nested = values(folder, run)
+    for section, fields in sections.items():
+        nested[section] = nested.get(section, {}) | fields
+    return build_config(nested)
