@@ -1,0 +1,202 @@
+import json
+import math
+
+import pytest
+import yaml
+
+from megacocomix.errors import UserError
+from megacocomix.evaluation.curves import (
+    AXES,
+    differing_settings,
+    equal_x,
+    noise,
+    read_run,
+    read_runs,
+    x_to_match,
+)
+
+
+def config(**changes):
+    """A resolved config; `section__key=value` changes one setting."""
+    values = {
+        "model": {"num_layers": 2, "hidden_size": 64, "context": 16, "vocab_size": 512},
+        "method": {"name": "ntp"},
+        "data": {"train": "shards/train", "valid": "shards/valid", "tokenizer": "gpt2"},
+        "training": {"steps": 40, "global_batch": 4, "seed": 22},
+    }
+    for name, value in changes.items():
+        section, key = name.split("__")
+        values.setdefault(section, {})[key] = value
+    return values
+
+
+def valid_line(step, loss, cost=2.0, teacher=0.0):
+    """A validation line of a run that spends `cost` FLOPs a token on the student and takes a second for 10 of them."""
+    tokens = 100 * step
+    spent = {"flops": cost * tokens, "teacher_flops": teacher * tokens, "seconds": cost * tokens / 10}
+    return {"step": step, "tokens": tokens, **spent, "valid_loss": loss, "valid_ppl": math.exp(loss)}
+
+
+def write_run(folder, lines, **changes):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"run": str(folder), **config(**changes)}))
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A control at 4.0 after 4000 tokens; a run at 3.5, for twice the student FLOPs and a teacher of half that."""
+    control = write_run(tmp_path / "control", [valid_line(s, 8 - s / 10) for s in (0, 10, 20, 30, 40)])
+    lines = [valid_line(0, 8.0, 4.0, 2.0), valid_line(20, 5.5, 4.0, 2.0), valid_line(40, 3.5, 4.0, 2.0)]
+    return read_runs([write_run(tmp_path / "concepts", lines, method__name="cocomix"), control])
+
+
+@pytest.mark.parametrize(
+    ("axis", "x", "losses", "progress"),
+    [
+        ("tokens", 4000, (3.5, 4.0), (1.0, 1.0)),
+        ("flops", 8000, (5.5, 4.0), (0.5, 1.0)),
+        ("total_flops", 8000, (8 - 2.5 * 2 / 3, 4.0), (1 / 3, 1.0)),
+        ("seconds", 800, (5.5, 4.0), (0.5, 1.0)),
+    ],
+)
+def test_equal_x_is_the_largest_that_both_reached_interpolated_linearly(pair, axis, x, losses, progress):
+    equal = equal_x(*pair, axis)
+    assert equal.x == x
+    assert equal.losses == pytest.approx(losses)
+    assert equal.difference == pytest.approx(losses[0] - losses[1])
+    assert equal.progress == pytest.approx(progress)
+
+
+def test_the_difference_turns_its_sign_with_the_order_of_the_runs(pair):
+    run, other = pair
+    for axis in AXES:
+        assert equal_x(run, other, axis).difference == -equal_x(other, run, axis).difference
+
+
+def test_x_to_match_is_where_the_line_crosses_the_others_final_loss(pair):
+    run, control = pair
+    match = x_to_match(run, control, "tokens")
+    assert (match.target, match.x, match.other_x, match.factor) == (4.0, 3500, 4000, 0.875)
+    assert x_to_match(run, control, "flops").factor == 1.75
+    assert x_to_match(run, control, "total_flops").factor == 2.625
+
+
+def test_x_to_match_takes_the_first_crossing(tmp_path):
+    bumpy = write_run(tmp_path / "bumpy", [valid_line(s, y) for s, y in ((10, 6), (20, 4), (30, 6), (40, 3))])
+    level = write_run(tmp_path / "level", [valid_line(40, 5.0)])
+    assert x_to_match(*read_runs([bumpy, level]), "tokens").x == 1500
+
+
+def test_a_loss_never_reached_has_no_match(pair):
+    match = x_to_match(pair[1], pair[0], "tokens")
+    assert match.x is None
+    assert match.factor is None
+
+
+def test_runs_without_a_common_stretch_are_not_extrapolated(tmp_path):
+    early = write_run(tmp_path / "early", [valid_line(10, 6.0), valid_line(20, 5.0)])
+    late = write_run(tmp_path / "late", [valid_line(30, 4.0), valid_line(40, 3.0)])
+    assert equal_x(*read_runs([early, late]), "tokens") is None
+
+
+def test_the_last_line_of_a_repeated_step_wins(tmp_path):
+    lines = [{"step": s, "tokens": s, "loss": float(s)} for s in (10, 20)]
+    lines += [valid_line(20, 5.0), {"step": 20, "tokens": 20, "loss": 2.5}, valid_line(20, 4.0)]
+    run = read_run(write_run(tmp_path / "run", lines))
+    assert [(point.step, point.loss) for point in run.valid] == [(20, 4.0)]
+    assert [(point.step, point.loss) for point in run.train] == [(10, 10.0), (20, 2.5)]
+
+
+def test_what_a_run_wrote_after_its_checkpoint_is_forgotten_when_it_resumes(tmp_path):
+    # Stopped after step 25, resumed from step 10 with another interval: 15 and 25 did not happen.
+    lines = [valid_line(s, 9.0) for s in (5, 10, 15, 25)] + [valid_line(s, 3.0) for s in (12, 24)]
+    run = read_run(write_run(tmp_path / "run", lines))
+    assert [point.step for point in run.valid] == [5, 10, 12, 24]
+
+
+def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path, caplog):
+    folder = write_run(tmp_path / "run", [valid_line(10, 5.0), '{"step": 20, "tokens": 2000, "valid_l'])
+    assert [point.step for point in read_run(folder).valid] == [10]
+    assert "the last line is torn" in caplog.text
+
+
+def test_lines_of_other_kinds_and_absent_costs_do_no_harm(tmp_path):
+    lines = [{"event": "resumed"}, {"step": 10, "tokens": 100, "valid_loss": 4.0, "teacher_flops": None}]
+    final = read_run(write_run(tmp_path / "run", lines)).final
+    assert (final.loss, final.total_flops) == (4.0, 0.0)
+
+
+def test_x_that_runs_backwards_is_refused(tmp_path):
+    lines = [valid_line(10, 5.0), {**valid_line(20, 4.0), "seconds": 1.0}]
+    run = read_run(write_run(tmp_path / "run", lines))
+    with pytest.raises(UserError, match="seconds is lower at step 20"):
+        run.curve("seconds")
+
+
+def test_folders_that_are_no_runs_are_refused_all_at_once(tmp_path):
+    (tmp_path / "empty").mkdir()
+    silent = write_run(tmp_path / "silent", [{"step": 1, "tokens": 1, "loss": 9.0}])
+    with pytest.raises(UserError) as caught:
+        read_runs([tmp_path / "empty", silent])
+    assert [line.split(" ", 1)[1] for line in caught.value.problems] == [
+        "is not a run folder: it has no config.yaml and no metrics.jsonl.",
+        "has no validation line: there is no valid_loss to compare.",
+    ]
+
+
+def test_one_run_or_the_same_run_twice_is_refused(tmp_path):
+    folder = write_run(tmp_path / "run", [valid_line(10, 5.0)])
+    with pytest.raises(UserError, match="two or more"):
+        read_runs([folder])
+    with pytest.raises(UserError, match="twice"):
+        read_runs([folder, folder / ".." / "run"])
+
+
+def test_different_validation_data_is_refused(tmp_path):
+    one = write_run(tmp_path / "one", [valid_line(10, 5.0)])
+    two = write_run(tmp_path / "two", [valid_line(10, 5.0)], data__valid="elsewhere/valid")
+    with pytest.raises(UserError, match=r"data\.valid is shards/valid \(one\), elsewhere/valid \(two\)"):
+        read_runs([one, two])
+
+
+def test_two_spellings_of_one_validation_folder_are_the_same_data(tmp_path):
+    (tmp_path / "valid").mkdir()
+    lines = [valid_line(10, 5.0)]
+    one = write_run(tmp_path / "one", lines, data__valid=str(tmp_path / "valid"))
+    two = write_run(tmp_path / "two", lines, data__valid=str(tmp_path / "one" / ".." / "valid"))
+    assert len(read_runs([one, two])) == 2
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
+    lines = [valid_line(10, 5.0)]
+    folders = [write_run(tmp_path / parent / "run", lines) for parent in ("first", "second")]
+    assert [run.name for run in read_runs(folders)] == ["first/run", "second/run"]
+
+
+def test_settings_that_a_next_token_run_does_not_use_are_no_difference(tmp_path):
+    lines = [valid_line(10, 5.0)]
+    one = write_run(tmp_path / "one", lines, method__num_kept=32, teacher__model="gpt2")
+    two = write_run(tmp_path / "two", lines, model__hidden_size=80)
+    assert differing_settings(read_runs([one, two])) == {"model.hidden_size": [64, 80]}
+
+
+def test_scatter_measures_noise_and_not_the_bend_of_a_curve(tmp_path):
+    steps = range(1, 41)
+    smooth = write_run(tmp_path / "smooth", [valid_line(s, 3 + 1e-4 * (s - 50) ** 2) for s in steps])
+    jagged = write_run(tmp_path / "jagged", [valid_line(s, 3 + 0.01 * (-1) ** s) for s in steps], training__steps=9)
+    short = write_run(tmp_path / "short", [valid_line(s, 3.0) for s in (10, 20)], training__steps=8)
+    runs = read_runs([smooth, jagged, short])
+    assert noise([runs[0], runs[2]]).size == pytest.approx(0, abs=1e-9)
+    assert noise(runs).scatter == pytest.approx(2 * math.sqrt(2) * 0.02 / math.sqrt(1.5), rel=0.05)
+    assert noise([runs[2], runs[2]]).size is None
+
+
+def test_runs_that_differ_in_the_seed_alone_measure_noise(tmp_path):
+    folders = [
+        write_run(tmp_path / str(seed), [valid_line(10, 5.0), valid_line(20, loss)], training__seed=seed)
+        for seed, loss in ((1, 4.0), (2, 4.25), (3, 4.125))
+    ]
+    assert noise(read_runs(folders)).size == 0.25
