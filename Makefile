@@ -1,0 +1,48 @@
+# make demo     everything from nothing: set-up, data, a CoCoMix student and its control, a report (ten minutes on two cores)
+# make test     set-up and the test-suite
+# make lint     style
+# make teacher  train the shipped teacher and autoencoder again, from nothing (about an hour on two cores)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: setup demo test lint teacher docs clean
+
+setup: $(VENV)/.installed
+
+# torch first: asked for by another package it may come as a build for GPUs, several gigabytes of it. Where there is no
+# GPU, a CPU build is taken from wherever pip finds one, or from PyTorch's own index, which uv knows.
+$(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
+	@echo "== setting up $(VENV): torch, DeepSpeed and the rest, a few minutes"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then \
+	  $(BIN)/pip install --quiet torch==$(TORCH); \
+	else \
+	  $(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null || \
+	  { $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu torch==$(TORCH); }; \
+	fi
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard]'
+	@touch $@
+
+demo: setup
+	@bash launcher/demo.sh
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+teacher: setup
+	@bash launcher/teacher.sh
+
+docs: setup
+	$(BIN)/python tools/document_options.py --out docs/options.md
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
