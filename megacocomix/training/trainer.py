@@ -251,7 +251,9 @@ class Trainer:
             + (f", {self.teacher_flops / 1e6:.1f} for the teacher" if self.teacher_flops else "")
         )
         if state.step:
-            self._say(f"resuming after step {state.step}")
+            self._say(
+                f"{'finished already' if state.step >= self.last_step else 'resuming'}: {state.step} steps are saved"
+            )
 
     def _say(self, line: str) -> None:
         log.info(line)

@@ -1,7 +1,7 @@
 import pytest
-import tiny
 import torch
 
+import tiny
 from megacocomix.config import ModelConfig
 from megacocomix.model.concept import ConceptMixer, interleave, standardize
 from megacocomix.model.gpt2 import GPT2, build_model, initialise

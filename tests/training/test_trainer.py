@@ -5,10 +5,10 @@ import os
 import signal
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from megacocomix.config import Config
 from processes import run_processes
 

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+import torch
+
+import tiny
+from megacocomix.checkpoint.hf import export_gpt2
+from megacocomix.config import ModelConfig
+from megacocomix.errors import UserError
+from megacocomix.model.concept import ConceptMixer
+from megacocomix.model.gpt2 import GPT2, initialise
+from megacocomix.model.hf_names import from_hf, to_hf
+from megacocomix.model.load import LoadedModel, load_model
+
+SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
+
+
+def loaded(concept=None, insertion_layer=None):
+    model = GPT2(SHAPE, concept, insertion_layer)
+    initialise(model, 0)
+    return LoadedModel(model, SHAPE, None, "", "source")
+
+
+def test_transformers_computes_the_same_logits_and_we_read_it_back_to_the_bit(tmp_path):
+    source = loaded()
+    assert export_gpt2(source, tmp_path / "hf", "gpt2") < 1e-5
+    back = load_model(tmp_path / "hf").model.state_dict()
+    for name, tensor in source.model.state_dict().items():
+        assert torch.equal(tensor, back[name]), name
+
+
+def test_every_parameter_goes_to_the_published_names_and_back():
+    model = loaded(ConceptMixer(SHAPE.hidden_size, 64, 4), 1).model
+    theirs = dict(to_hf(name, p.detach(), SHAPE.num_heads) for name, p in model.named_parameters())
+    assert "transformer.compress_layer.weight" in theirs
+    for name, parameter in model.named_parameters():
+        assert torch.equal(from_hf(name, theirs.__getitem__, SHAPE.num_heads), parameter), name
+
+
+def test_a_model_that_would_not_be_the_same_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("megacocomix.checkpoint.hf.LAYER_NORM_EPS", 1e-2)
+    with pytest.raises(UserError, match="differs by"):
+        export_gpt2(loaded(), tmp_path / "hf", "gpt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path):
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        export_gpt2(loaded(), tmp_path / "hf", "gpt2")
+
+
+def test_a_model_with_concepts_is_not_exported_as_gpt2(tmp_path):
+    with pytest.raises(UserError, match="concept module"):
+        export_gpt2(loaded(ConceptMixer(SHAPE.hidden_size, 64, 4), 1), tmp_path / "hf", "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"model_type": "llama"}, "only gpt2"),
+        ({"activation_function": "relu"}, "activation_function"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ({"n_embd": 40}, "does not hold the GPT-2"),
+        ({"n_layer": 4}, "does not hold the GPT-2"),
+    ],
+)
+def test_a_foreign_folder_that_we_would_misread_is_refused(tmp_path, change, what):
+    export_gpt2(loaded(), tmp_path / "hf", "gpt2")
+    file = tmp_path / "hf/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=what):
+        load_model(tmp_path / "hf")
+
+
+def test_folders_without_a_model_are_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_model(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no model"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        load_model(tmp_path)

@@ -1,0 +1,129 @@
+"""The commands that people type: every one in the README runs, every mistake is one line and a non-zero exit."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from megacocomix.config import load_config
+from megacocomix.validate import check_config
+
+# The README's runs, cut short.
+SHORT = "training.steps=3 training.global_batch=4 training.micro_batch=2 optimizer.warmup_steps=1 evaluation.batches=1"
+ENVIRONMENT = os.environ | {
+    "PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}",
+    "WANDB_MODE": "offline",
+}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory, root):
+    """The files of the repository in a folder of their own, where commands may write."""
+    folder = tmp_path_factory.mktemp("checkout") / "megacocomix"
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout
+    for name in listed.splitlines():
+        if (root / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / name, folder / name)
+    return folder
+
+
+def run(command, folder, timeout=200):
+    """Its exit code, standard output and standard error."""
+    process = subprocess.Popen(
+        command if isinstance(command, list) else shlex.split(command),
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise
+    return process.returncode, out, err
+
+
+def readme_commands(root):
+    blocks = re.findall(r"```sh\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_readme_command_runs(checkout, root):
+    commands = readme_commands(root)
+    assert len(commands) >= 12
+    for command in commands:
+        program = command.split()[0]
+        if program == "source":
+            continue
+        if program == "make":
+            command = command.replace("make", "make --dry-run")
+        elif "configs/1.38b.yaml" in command:  # needs a cluster; here, that its config is valid on one
+            arguments = shlex.split(command.split("configs/1.38b.yaml")[1])
+            check_config(load_config(root / "configs/1.38b.yaml", arguments), world=64)
+            continue
+        elif "pretrain.py" in command:
+            command = f"{command} {SHORT}"
+        code, out, err = run(command, checkout)
+        assert code == 0, f"{command}\n{out[-3000:]}\n{err[-3000:]}"
+    assert (checkout / "runs/comparison/report.md").exists()
+    assert (checkout / "runs/tiny/evals/step-00000003.json").exists()
+
+
+MISTAKES = {
+    "no recipe": ("launcher/pretrain.py --config configs/none.yaml", "configs/none.yaml cannot be read"),
+    "unknown option": ("launcher/pretrain.py --config configs/tiny.yaml training.step=3", "Did you mean steps?"),
+    "no data": ("launcher/pretrain.py --config configs/tiny.yaml data.train=nowhere run=runs/no-data", "nowhere"),
+    "no run": ("tools/evaluate.py runs/none", "runs/none"),
+    "nothing to compare": ("tools/compare_runs.py assets --out runs/x", "assets"),
+    "no text": ("tools/prepare_data.py none.txt --out data/x --tokenizer gpt2", "none.txt"),
+    "no teacher": (
+        "tools/train_sae.py --teacher none --data data/x --layer 1 --latents 8 --k 2 --out x.safetensors",
+        "none does not exist",
+    ),
+    "nothing to convert": ("tools/convert_checkpoint.py assets --out x --to hf", "holds no model"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line_and_exit_2(checkout, mistake):
+    command, what = MISTAKES[mistake]
+    code, _, err = run(f"{sys.executable} {command}", checkout)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2, err
+    assert any(what in line for line in lines), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun --nproc-per-node 2", "deepspeed --num_accelerators 2"])
+def test_a_mistake_is_said_once_by_a_job_of_several_processes(checkout, launcher):
+    command = f"{launcher} launcher/pretrain.py --config configs/tiny.yaml data.valid=nowhere run=runs/no-valid"
+    code, out, err = run(command, checkout)
+    assert code != 0
+    assert (out + err).count("error: nowhere") == 1
+    assert not (checkout / "runs/no-valid").exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_started_again_changes_nothing(checkout):
+    if not (checkout / "data/wiki").exists():
+        prepare = next(line for line in readme_commands(checkout) if "prepare_data" in line)
+        assert run(prepare, checkout)[0] == 0
+    command = f"{sys.executable} launcher/pretrain.py --config configs/tiny.yaml run=runs/again method.name=ntp {SHORT}"
+    assert run(command, checkout)[0] == 0
+    before = (checkout / "runs/again/metrics.jsonl").read_text()
+    code, out, _ = run(command, checkout)
+    assert code == 0
+    assert "finished already" in out
+    assert (checkout / "runs/again/metrics.jsonl").read_text() == before
