@@ -20,12 +20,12 @@ $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then \
-	  $(BIN)/pip install --quiet torch==$(TORCH); \
+	  $(BIN)/pip install --quiet --no-compile torch==$(TORCH); \
 	else \
-	  $(BIN)/pip install --quiet torch==$(TORCH)+cpu 2>/dev/null || \
+	  $(BIN)/pip install --quiet --no-compile torch==$(TORCH)+cpu 2>/dev/null || \
 	  { $(BIN)/pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python --torch-backend cpu torch==$(TORCH); }; \
 	fi
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev,tensorboard]'
 	@touch $@
 
 demo: setup

@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/demo}
-processes=${PROCESSES:-2}
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c GPU || true)
+processes=${PROCESSES:-$((gpus > 0 ? (gpus > 2 ? 2 : gpus) : 2))}
 
 say() { printf '\n== %s\n' "$*"; }
 pretrain() { deepspeed --num_accelerators "$processes" launcher/pretrain.py --config configs/tiny.yaml "$@"; }

@@ -6,6 +6,7 @@
     python launcher/pretrain.py --config configs/tiny.yaml method.name=ntp run=runs/control
 
 Exit codes: 0 finished, 2 a mistake in the config or its files, 75 stopped on a signal after saving, 1 anything else.
+torchrun turns any of the last three into 1; under deepspeed, send the signal to the processes of pretrain.py.
 """
 
 import argparse
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 from megacocomix.config import load_config  # noqa: E402
-from megacocomix.errors import run_cli  # noqa: E402
+from megacocomix.errors import EXIT_USER, UserError, run_cli, say_problems  # noqa: E402
 
 
 def main() -> int:
@@ -30,18 +31,22 @@ def main() -> int:
         "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
     )  # deepspeed passes it; we read LOCAL_RANK
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change an option of the recipe")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
 
     from megacocomix.parallel.runtime import start_runtime, stop_runtime
 
     runtime = start_runtime()
-    try:
-        from megacocomix.training.trainer import train
+    from megacocomix.training.trainer import train
 
-        return train(config, runtime)
-    finally:
-        stop_runtime()
+    try:
+        code = train(config, runtime)
+    except UserError as error:
+        if runtime.is_main:
+            say_problems(error)
+        code = EXIT_USER
+    stop_runtime()
+    return code
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-data/teacher/export}
-processes=${PROCESSES:-2}
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c GPU || true)
+processes=${PROCESSES:-$((gpus > 0 ? (gpus > 2 ? 2 : gpus) : 2))}
 text=assets/corpus/wiki_vital.jsonl.gz
 
 say() { printf '\n== %s\n' "$*"; }

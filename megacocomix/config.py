@@ -15,8 +15,9 @@ from megacocomix.errors import UserError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Location = Literal["resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn"]
 
 
@@ -107,7 +108,7 @@ class OptimizerConfig(Section):
     """Learning rate at the last step; the paper takes 10 % of lr."""
     warmup_steps: NonNegative
     """Steps of linear warm-up from 0; the paper takes 1/300 of training.steps."""
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -227,7 +228,9 @@ def parse_yaml(text: str, name: str) -> Any:
     loader.name = name
     try:
         return loader.get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from None

@@ -26,14 +26,19 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else f" Valid: {' '.join(valid)}."
 
 
+def say_problems(error: UserError) -> None:
+    """Print a line a problem on stderr."""
+    print("\n".join(f"error: {line}" for line in error.problems), file=sys.stderr, flush=True)
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run a command line's `main` and exit with its code; a UserError becomes its lines on stderr and exit 2."""
     try:
         code = main()
     except UserError as error:
-        # Every rank meets the same mistake; one of them telling it is enough.
+        # Before the ranks of a job have met, each knows only of itself; usually all meet the same mistake.
         if os.environ.get("RANK", "0") == "0":
-            print("\n".join(f"error: {line}" for line in error.problems), file=sys.stderr, flush=True)
+            say_problems(error)
         code = EXIT_USER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

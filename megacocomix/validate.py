@@ -2,8 +2,10 @@
 to do."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from megacocomix.config import Config
@@ -20,6 +22,15 @@ class Inputs:
     train: TokenDataset
     valid: TokenDataset
     labeler: ConceptLabeler | None
+    vocab_size: int
+    """Tokens are below this: the smaller of the model's and the teacher's vocabulary."""
+
+    def identity(self) -> dict[str, str]:
+        """Hashes of everything read, whatever it is called: a run goes on only on the same."""
+        found = {"data.train": self.train.shards.fingerprint, "data.valid": self.valid.shards.fingerprint}
+        if self.labeler:
+            found |= {"teacher.model": self.labeler.teacher.sha256, "teacher.sae": self.labeler.sae.sha256}
+        return found
 
 
 def check_config(config: Config, world: int) -> None:
@@ -46,9 +57,23 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
             problems.extend(_data_misfits(f"data.{split} {path}", shards, tokenizer, config))
             splits[split] = attempt(TokenDataset, shards, config.model.context, seed)
     labeler = attempt(open_labeler, config, device) if config.concepts else None
+    if labeler and tokenizer and labeler.sae.info.get("tokenizer_sha256") not in (None, tokenizer.sha256):
+        problems.append(
+            f"teacher.sae {config.teacher.sae} was trained with another tokenizer than {config.data.tokenizer}."
+        )
+    if labeler:
+        for split, dataset in splits.items():
+            if dataset and (dataset.shards.vocab_size or 0) > labeler.teacher.vocab_size:
+                problems.append(
+                    f"data.{split} has a vocabulary of {dataset.shards.vocab_size}, but the teacher one of "
+                    f"{labeler.teacher.vocab_size}: both must be of one tokenizer."
+                )
+    limit = min(config.model.vocab_size, labeler.teacher.vocab_size if labeler else config.model.vocab_size)
+    if splits.get("valid") and splits["valid"].shards.vocab_size is None:
+        attempt(_check_validation_tokens, splits["valid"], config, limit)
     if problems:
         raise UserError(*problems)
-    return Inputs(**splits, labeler=labeler)
+    return Inputs(**splits, labeler=labeler, vocab_size=limit)
 
 
 def _problems(config: Config, world: int):
@@ -77,6 +102,8 @@ def _problems(config: Config, world: int):
         yield f"optimizer.warmup_steps {optimizer.warmup_steps} exceeds training.steps. The paper's share: {nearest}."
     if training.stop_after and training.stop_after > training.steps:
         yield f"training.stop_after {training.stop_after} exceeds training.steps. Nearest valid: {training.steps}."
+    if config.logging.tensorboard and not find_spec("tensorboard"):
+        yield "logging.tensorboard needs the package tensorboard: pip install 'megacocomix[tensorboard]'."
     for axis in ("tensor", "pipeline"):
         if (degree := getattr(config.parallel, axis)) != 1:
             yield f"parallel.{axis} {degree}: models are sharded by ZeRO over the data ranks only. Nearest valid: 1."
@@ -103,8 +130,17 @@ def _data_misfits(what: str, shards: TokenShards, tokenizer, config: Config):
     yield f"{what} was written with another tokenizer than data.tokenizer {config.data.tokenizer}."
 
 
-def check_token_ids(tokens, vocab_size: int, source: str | Path) -> None:
-    """Raise UserError when a token is outside the vocabulary: on a GPU the embedding would only say 'device-side
-    assert'."""
-    if tokens.max() >= vocab_size:
-        raise UserError(f"{source} holds token {tokens.max()}, but model.vocab_size is {vocab_size}.")
+def _check_validation_tokens(dataset: TokenDataset, config: Config, vocab_size: int) -> None:
+    num_windows = min(dataset.num_windows, config.evaluation.batches * config.training.global_batch)
+    for start in range(0, num_windows, 1024):
+        check_token_ids(dataset.batch(range(start, min(start + 1024, num_windows))), vocab_size, config.data.valid)
+
+
+def check_token_ids(tokens: np.ndarray, vocab_size: int, source: str | Path) -> None:
+    """Raise UserError when a token is outside the vocabulary: a GPU's embedding would only say 'device-side assert'.
+
+    Needed for the foreign kinds of data, which do not say what their vocabulary is.
+    """
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise UserError(f"{source} holds token {wrong}, but model and teacher know those up to {vocab_size - 1}.")

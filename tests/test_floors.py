@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 FLOORS = [
-    {"errors", "config"},
+    {"errors", "config", "files"},
     {"model"},
     {"teacher", "data"},
     {"parallel"},

@@ -37,11 +37,12 @@ def main() -> None:
 
     console = Console(soft_wrap=True, highlight=False)
     head, rows = results_table(runs)
+    # A run a column: two or three of them fit a terminal, the results in a line do not.
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in head:
-        shown.add_column(name, justify="left" if name == "run" else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*row)
+    for index, name in enumerate((head[0], *(row[0] for row in rows))):
+        shown.add_column(name, justify="right" if index else "left", overflow="fold")
+    for line in list(zip(head, *rows, strict=True))[1:]:
+        shown.add_row(*line)
     console.print(shown)
     for caution in cautions(runs):
         console.print(f"careful: {caution.replace('**', '')}", style="yellow", markup=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megacocomix.data.tokenizer import load_tokenizer
+from megacocomix.data.tokenizer import load_tokenizer, tokenizer_files
 from megacocomix.errors import UserError
 from megacocomix.model.gpt2 import LAYER_NORM_EPS
 from megacocomix.model.hf_names import to_hf
@@ -18,7 +18,7 @@ LOGIT_TOLERANCE = 1e-4
 
 
 def export_gpt2(source: LoadedModel, out: str | Path, tokenizer: str) -> float:
-    """Write config.json, model.safetensors (fp32) and, where it is one, the SentencePiece file as tokenizer.model.
+    """Write config.json, model.safetensors (fp32) and the tokenizer's files.
 
     transformers then loads the folder and both models read the same tokens; returns the largest difference of their
     logits. Raises UserError, and leaves nothing behind, when it exceeds LOGIT_TOLERANCE, when OUT exists, or when the
@@ -69,8 +69,8 @@ def _write(source: LoadedModel, out: Path, tokenizer: str) -> None:
     parameters = source.model.named_parameters()
     tensors = dict(to_hf(name, parameter.detach(), shape.num_heads) for name, parameter in parameters)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    if tokenizer.endswith(".model"):
-        shutil.copyfile(tokenizer, out / "tokenizer.model")
+    for name, file in tokenizer_files(tokenizer).items():
+        shutil.copyfile(file, out / name)
 
 
 @torch.no_grad()

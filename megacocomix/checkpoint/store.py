@@ -8,7 +8,6 @@ It is written as `.step-N.partial` and renamed when every file is on disk, so a 
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megacocomix.errors import UserError
+from megacocomix.files import file_sha256
 from megacocomix.model.load import CHECKPOINT_FILE, list_checkpoints, read_checkpoint_manifest
 from megacocomix.parallel.runtime import Runtime
 from megacocomix.parallel.zero import STATES, Engine, Slice
@@ -48,8 +48,6 @@ def save_checkpoint(run: Path, engine: Engine, state: TrainingState, about: dict
     was begun is removed and earlier checkpoints stay as they were.
     """
     final = run / "checkpoints" / f"step-{state.step:08d}"
-    if final.exists():
-        return final
     partial = final.with_name(f".{final.name}.partial")
     if runtime.is_main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,7 +84,7 @@ def save_checkpoint(run: Path, engine: Engine, state: TrainingState, about: dict
         )
     if runtime.is_main:
         for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -104,6 +102,8 @@ def load_checkpoint(folder: Path, engine: Engine) -> TrainingState:
             where.update(dict.fromkeys(file.keys(), file))
         for state in STATES:
             for piece in engine.local_slices(state):
+                if not len(piece.values):
+                    continue
                 key = _key(state, piece.name)
                 values = where[key].get_tensor(key).view(-1)
                 piece.values.copy_(values[piece.start : piece.start + len(piece.values)])
@@ -145,8 +145,7 @@ def _write(path: Path, tensors: dict) -> dict:
     save_file(tensors, path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -71,6 +71,17 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     raise UserError(f"tokenizer {spec} {problem}. Valid: gpt2, FILE.model, a Hugging Face tokenizer folder.")
 
 
+def tokenizer_files(spec: str | Path) -> dict[str, Path]:
+    """The files of the tokenizer that `spec` names, by the names that they have in a Hugging Face folder."""
+    path = Path(spec)
+    if str(spec) == "gpt2":
+        return {"vocab.json": GPT2_FOLDER / "encoder.json", "merges.txt": GPT2_FOLDER / "vocab.bpe"}
+    if path.is_dir():
+        names = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+        return {file.name: file for file in path.iterdir() if file.name.startswith("tokenizer") or file.name in names}
+    return {"tokenizer.model": path}
+
+
 def _vocabulary_sha256(tokens: dict[str, int]) -> str:
     pairs = sorted((token_id, token) for token, token_id in tokens.items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

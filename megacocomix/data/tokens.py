@@ -19,6 +19,7 @@ import numpy as np
 
 from megacocomix.data.order import permuted_index
 from megacocomix.errors import UserError
+from megacocomix.files import file_sha256
 
 FORMAT = "megacocomix-tokens"
 VERSION = 1
@@ -268,12 +269,6 @@ def read_manifest(folder: Path) -> dict:
     if found != (FORMAT, VERSION):
         raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {FORMAT} version {VERSION}.")
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of the whole file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_fingerprint(path: Path) -> str:

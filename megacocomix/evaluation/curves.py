@@ -11,6 +11,7 @@ themselves how much of it could be chance.
 import json
 import logging
 import math
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 AXES = {
     "tokens": "tokens",
     "total_flops": "FLOPs with the teacher",
-    "flops": "FLOPs of the student alone",
+    "flops": "student FLOPs",
     "seconds": "seconds",
 }
 """What two runs can be equal in: an attribute of `Point`, and the words for it."""
@@ -53,14 +54,42 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What tools/evaluate.py found on all held-out windows of a run's data."""
+
+    step: int
+    loss: float
+    windows: int
+    context: int
+    fingerprint: str
+
+    def same_windows(self, other: "Evaluation") -> bool:
+        """Whether both losses are means over the same windows of the same text."""
+        return (self.windows, self.context, self.fingerprint) == (other.windows, other.context, other.fingerprint)
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run: the command line of its processes, their number, and what they ran on."""
+
+    command: str
+    world: int
+    device: str
+
+
+@dataclass(frozen=True)
 class Run:
-    """A run folder: its resolved config and its two curves, in order of steps."""
+    """A run folder: its resolved config, its two curves in order of steps, its evaluation, its starts."""
 
     name: str
     folder: Path
     config: dict
     train: tuple[Point, ...]
     valid: tuple[Point, ...]
+    evaluation: Evaluation | None = None
+    """The one of the highest step, on data.valid."""
+    starts: tuple[Start, ...] = ()
+    """Empty where code.json does not tell."""
 
     @property
     def final(self) -> Point:
@@ -103,6 +132,8 @@ class EqualX:
     x: float
     losses: tuple[float, float]
     progress: tuple[float, float]
+    windows: int | None = None
+    """How many the losses are over, if all held-out ones. None: the validation during training."""
 
     @property
     def difference(self) -> float:
@@ -145,7 +176,7 @@ def read_runs(folders: list[str | Path]) -> list[Run]:
     """Read two or more run folders that can be compared. Raises one UserError with every problem."""
     paths = [Path(folder) for folder in folders]
     if len(paths) < 2:
-        raise UserError("give two or more run folders to compare.")
+        raise UserError(f"give two or more run folders to compare, got {len(paths)}: {', '.join(map(str, paths))}.")
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("the same run folder is given twice.")
     runs, problems = [], []
@@ -176,7 +207,8 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     train, valid = _read_metrics(metrics_file)
     if not valid:
         raise UserError(f"{metrics_file} has no validation line: there is no valid_loss to compare.")
-    return Run(name or folder.resolve().name, folder, config, train, valid)
+    evaluation = _read_evaluation(folder, _flatten(config).get("data.valid"))
+    return Run(name or folder.resolve().name, folder, config, train, valid, evaluation, _read_starts(folder))
 
 
 def equal_x(run: Run, other: Run, axis: str) -> EqualX | None:
@@ -191,6 +223,18 @@ def equal_x(run: Run, other: Run, axis: str) -> EqualX | None:
         (float(np.interp(x, xs, losses)), float(np.interp(x, other_xs, other_losses))),
         (run.progress(axis, x), other.progress(axis, x)),
     )
+
+
+def equal_end(run: Run, other: Run) -> EqualX | None:
+    """Both full evaluations, of runs that ended at the same number of tokens and were evaluated there alike."""
+    ours, theirs = run.evaluation, other.evaluation
+    if run.final.tokens != other.final.tokens or not ours or not theirs or not ours.same_windows(theirs):
+        return None
+    if (ours.step, theirs.step) != (run.final.step, other.final.step):
+        return None
+    x = run.final.tokens
+    progress = run.progress("tokens", x), other.progress("tokens", x)
+    return EqualX("tokens", x, (ours.loss, theirs.loss), progress, ours.windows)
 
 
 def x_to_match(run: Run, other: Run, axis: str) -> ToMatch:
@@ -244,8 +288,8 @@ def _read_metrics(file: Path) -> tuple[tuple[Point, ...], tuple[Point, ...]]:
             continue
         try:
             point = _point(line, kind)
-        except (KeyError, TypeError, ValueError) as error:
-            problem = f"{file}:{number}: a {kind} line needs numbers for step and tokens ({error})."
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            problem = f"{file}:{number}: a {kind} line needs numbers for its step and what was spent ({error})."
             raise UserError(problem) from None
         # A resumed run goes back to its checkpoint: what it had written from that step on did not happen.
         while curves[kind] and curves[kind][-1].step >= point.step:
@@ -255,18 +299,34 @@ def _read_metrics(file: Path) -> tuple[tuple[Point, ...], tuple[Point, ...]]:
 
 
 def _point(line: dict, kind: str) -> Point:
-    def number(name: str, missing: float) -> float:
-        value = line.get(name)
-        return missing if value is None else float(value)
+    spent = {name: float(line.get(name) or 0.0) for name in ("flops", "teacher_flops", "seconds")}
+    spent["tokens"] = float(line["tokens"])
+    if endless := [name for name, value in spent.items() if not math.isfinite(value)]:
+        raise ValueError(f"{endless[0]} is {spent[endless[0]]}")
+    return Point(step=int(line["step"]), loss=math.nan if line[kind] is None else float(line[kind]), **spent)
 
-    return Point(
-        step=int(line["step"]),
-        tokens=float(line["tokens"]),
-        flops=number("flops", 0.0),
-        teacher_flops=number("teacher_flops", 0.0),
-        seconds=number("seconds", 0.0),
-        loss=number(kind, math.nan),
-    )
+
+def _read_evaluation(folder: Path, data: Any) -> Evaluation | None:
+    found = []
+    for file in sorted((folder / "evals").glob("*.json")):
+        try:
+            values = json.loads(file.read_text())
+            if _same_path(str(values["data"])) != _same_path(str(data)):
+                continue
+            numbers = (int(values[name]) for name in ("num_sequences", "context"))
+            step, loss = int(values["step"]), float(values["valid_loss"])
+            found.append(Evaluation(step, loss, *numbers, str(values["data_fingerprint"])))
+        except (OSError, KeyError, TypeError, ValueError, OverflowError):
+            log.warning("%s is no evaluation by tools/evaluate.py and is left out.", file)
+    return max(found, key=lambda evaluation: evaluation.step, default=None)
+
+
+def _read_starts(folder: Path) -> tuple[Start, ...]:
+    try:
+        starts = json.loads((folder / "code.json").read_text())["starts"]
+        return tuple(Start(shlex.join(one["command"]), int(one["world"]), str(one["device"])) for one in starts)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):
+        return ()
 
 
 def _refuse_other_data(runs: list[Run]) -> None:
@@ -305,7 +365,7 @@ def _is_unused(key: str) -> bool:
 
 def _first_reach(xs: np.ndarray, losses: np.ndarray, target: float) -> float | None:
     reached = np.flatnonzero(losses <= target)  # comparisons with NaN are false
-    if not reached.size:
+    if not reached.size or not math.isfinite(target):
         return None
     index = int(reached[0])
     if index == 0 or not math.isfinite(losses[index - 1]):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from math import ceil, exp
+from math import ceil, exp, inf
 from pathlib import Path
 
 import torch
@@ -49,6 +49,11 @@ def validation_loss(
     return (totals[0] / totals[1]).item()
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that exceeds a float."""
+    return exp(loss) if loss < 700 else inf
+
+
 def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
     """Validation loss of the model in `folder` over all windows of `data` (default: its config's data.valid), in fp32.
 
@@ -81,10 +86,11 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
         "context": loaded.shape.context,
         "num_sequences": dataset.num_windows,
         "valid_loss": loss,
-        "valid_ppl": exp(loss),
+        "valid_ppl": perplexity(loss),
     }
     if loaded.config and loaded.path.parent.name == "checkpoints":
-        file = loaded.path.parents[1] / "evals" / f"{loaded.path.name}.json"
+        result["step"] = int(loaded.path.name.removeprefix("step-"))
+        file = loaded.path.parents[1] / "evals" / f"{loaded.path.name}-{shards.fingerprint[:8]}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
         result["file"] = str(file)

@@ -88,8 +88,10 @@ def _name_lines(panel: Axes, runs: list[Run], axis: str) -> None:
     ends = []
     for run, color in zip(runs, cycle(COLORS)):
         x = min(max((getattr(run.final, axis) - left) / (right - left), 0.0), 1.0)
-        y = (run.final.loss - bottom) / (top - bottom) if math.isfinite(run.final.loss) else 1.0
-        ends.append((min(max(y, 0.0), 1.0), x, textwrap.fill(run.name, 24), color))
+        finite = math.isfinite(run.final.loss)
+        y = (run.final.loss - bottom) / (top - bottom) if finite else 1.0
+        name = run.name if finite else f"{run.name} (lost: not finite)"
+        ends.append((min(max(y, 0.0), 1.0), x, textwrap.fill(name, 24), color))
     floor = -math.inf
     for y, x, name, color in sorted(ends):
         half = 0.035 * (1 + name.count("\n"))  # of a name's height, in panel heights

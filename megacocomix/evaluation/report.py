@@ -5,12 +5,13 @@ says no more than they do: which run is lower, at equal what, by how much, and w
 """
 
 import math
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
 from megacocomix.errors import UserError
 from megacocomix.evaluation import curves
-from megacocomix.evaluation.curves import AXES, EqualX, Noise, Run, ToMatch
+from megacocomix.evaluation.curves import AXES, EqualX, Noise, Run, Start
 from megacocomix.evaluation.plots import PLOTS, X_LABELS, amount, plot
 
 LEVEL = 5e-4
@@ -36,48 +37,38 @@ def write_report(runs: list[Run], out: str | Path, command: str, force: bool = F
 def compose(runs: list[Run], command: str) -> str:
     """The text of report.md."""
     noise = curves.noise(runs)
-    pairs = [(run, runs[0]) for run in runs[1:]]
     warned = cautions(runs)
-    parts = [f"# {' · '.join(run.name for run in runs)}", "## In words"]
-    said = [sentence for run, other in pairs for sentence in words(run, other, noise)]
-    parts += [bullets([*said, noise_words(runs, noise), PAPER])]
+    parts = [f"# {' · '.join(run.name for run in runs)}"]
     parts += ["## Before reading on", bullets(warned)] if warned else []
-    parts += ["## What was compared", table(*_runs_table(runs)), "## Results", table(*results_table(runs))]
-    parts += ["## At equal spending", EQUAL_NOTE, table(*_equal_table(pairs))]
-    parts += ["## To the other's final loss", MATCH_NOTE, table(*_match_table(pairs))]
-    parts += ["## Curves", PLOT_NOTE]
+    parts += ["## What was run", table(*_runs_table(runs)), "## Results", table(*results_table(runs))]
+    said = [sentence for run in runs[1:] for sentence in words(run, runs[0], noise)]
+    parts += ["## In words", bullets([*said, noise_words(runs, noise)]), NOTE, "## Curves", PLOT_NOTE]
     parts += [f"![validation loss over {X_LABELS[axis]}](plots/{name})" for axis, name in PLOTS.items()]
     parts += ["## Settings that differ", _settings_section(runs), "## Commands", _commands(runs, command)]
     return "\n\n".join(parts) + "\n"
 
 
-PAPER = (
-    "The CoCoMix paper compares its runs at equal training tokens. What the concepts cost shows at equal "
-    "FLOPs and seconds, and seconds belong to the machines these runs were on."
+NOTE = (
+    "Compared at the largest x that both runs reached, in the validation during training unless a sentence says "
+    "otherwise, interpolated linearly between its points. A run in the middle of its learning-rate schedule usually "
+    "has a higher loss than one planned to end there. The CoCoMix paper compares at equal tokens; what the concepts "
+    "cost shows at equal FLOPs and seconds."
 )
-EQUAL_NOTE = (
-    "At the largest x that both runs reached. Between validations the loss is interpolated linearly. "
-    "*Schedule*: how far each run was in its own learning-rate schedule at that x; a run in the middle of "
-    "its schedule usually has a higher loss than one that was planned to end there."
-)
-MATCH_NOTE = "Where a run first reaches the final validation loss of the other, against what the other spent on it."
 PLOT_NOTE = (
-    "Points and lines: validation loss. Faint lines: training loss, smoothed. Left the whole run, right its "
-    "end. In the FLOPs plot the solid line counts the student and the live teacher's labelling, the dashed "
-    "line the student alone."
+    "Points and lines: validation during training. Faint lines: training loss, smoothed. Dashed, where a live teacher "
+    "labelled: the student's FLOPs alone."
 )
 
 
 def words(run: Run, other: Run, noise: Noise) -> list[str]:
-    """What the numbers say about one pair, one sentence or two for each thing that can be held equal."""
-    said = [equal_words(run, other, axis, curves.equal_x(run, other, axis), noise) for axis in AXES]
-    for one, two in ((run, other), (other, run)):
-        match = curves.x_to_match(one, two, "tokens")
-        if match.factor is not None:
-            spent = f"{amount('tokens', match.x)} tokens, {match.factor:.2f} × what {two.name} spent on it"
-            said.append(f"**{one.name}** reaches the final loss of **{two.name}** ({match.target:.3f}) at {spent}.")
-    cost = _cost_words(run, other)
-    return said + ([cost] if cost else [])
+    """What the numbers say about one pair, a sentence or two for each thing that can be held equal."""
+    axes = [axis for axis in AXES if axis != "total_flops" or run.final.teacher_flops or other.final.teacher_flops]
+    said = []
+    for axis in axes:
+        full = curves.equal_end(run, other) if axis == "tokens" else None
+        said.append(equal_words(run, other, axis, full or curves.equal_x(run, other, axis), noise))
+    costs = [_match_words(run, other, axes), _match_words(other, run, axes), _cost_words(run, other)]
+    return said + [sentence for sentence in costs if sentence]
 
 
 def equal_words(run: Run, other: Run, axis: str, equal: EqualX | None, noise: Noise) -> str:
@@ -85,9 +76,13 @@ def equal_words(run: Run, other: Run, axis: str, equal: EqualX | None, noise: No
     if equal is None:
         return f"At equal {AXES[axis]}: the validation points of {run.name} and {other.name} share no stretch."
     where = f"At equal {AXES[axis]} ({amount(axis, equal.x)})"
+    if equal.windows:
+        where += f", over all {equal.windows:,} held-out windows,"
+    elif axis == "tokens":
+        where += ", in the validation during training,"
     if not math.isfinite(equal.difference):
         lost = [r.name for r, loss in zip((run, other), equal.losses, strict=True) if not math.isfinite(loss)]
-        return f"{where} the loss of {' and of '.join(lost)} is not a number: nothing to compare."
+        return f"{where} the loss of {' and of '.join(lost)} is not a finite number: nothing to compare."
     size = abs(equal.difference)
     if size < LEVEL:
         level = f"level to three decimals ({equal.losses[0]:.3f} nats)"
@@ -109,16 +104,12 @@ def noise_words(runs: list[Run], noise: Noise) -> str:
     """From where on a difference means anything, as far as these runs can tell."""
     seeds = "Some runs differ in nothing but the seed" if noise.seeds is not None else "One seed per run"
     if noise.size is None:
-        return (
-            f"{seeds}, and too few validations to see how they scatter: these runs cannot tell how large a "
-            "difference chance alone makes."
-        )
+        return f"{seeds} and too few validations: these runs cannot tell how large a difference chance alone makes."
     unread = f"differences below {noise.size:.3f} nats should not be read as real"
-    scatter = "twice the scatter of the validation points around a smooth curve"
+    scatter = "twice the scatter of the validation during training"
     if noise.seeds is not None:
-        return f"{seeds}; they are up to {noise.seeds:.3f} nats apart: {unread} (at least that, or {scatter})."
-    unknown = "How far another seed would move a run is not measured here and may be more."
-    return f"{seeds}: {unread} ({scatter}). {unknown}"
+        return f"{seeds}; they are up to {noise.seeds:.3f} nats apart: {unread} (that, or {scatter} if larger)."
+    return f"{seeds}: {unread} ({scatter}). How far another seed moves a run is not measured and may be more."
 
 
 def cautions(runs: list[Run]) -> list[str]:
@@ -145,45 +136,48 @@ def cautions(runs: list[Run]) -> list[str]:
     sequences = [run.setting("evaluation.batches", 0) * run.setting("training.global_batch", 0) for run in runs]
     if len(set(sequences)) > 1:
         said.append(f"**Validated on different numbers of sequences** ({_listing(runs, sequences)}).")
+    if len({run.evaluation.fingerprint for run in runs if run.evaluation}) > 1:
+        said.append("**The held-out evaluations are on different text**: their data fingerprints differ.")
     for run in runs:
         steps = run.setting("training.steps")
         if steps and run.final.step < steps:
             said.append(f"{run.name} was validated last at step {run.final.step:,} of {steps:,}: not a finished run.")
         if run.setting("teacher.labels", "live") != "live":
             said.append(f"{run.name} read its labels from a cache: the FLOPs of making that cache are not counted.")
-    speed = (
-        "parallel.tensor",
-        "parallel.pipeline",
-        "parallel.zero",
-        "training.precision",
-        "training.recompute",
-    )
+    speed = ("parallel.tensor", "parallel.pipeline", "parallel.zero", "training.precision", "training.recompute")
     if different := [name for name in (*speed, "training.micro_batch") if differ(name)]:
         said.append(f"Seconds are not like for like: {', '.join(different)} differ.")
+    machines = {run.name: list(dict.fromkeys(_machine(start) for start in run.starts)) for run in runs if run.starts}
+    if len({machine for used in machines.values() for machine in used}) > 1:
+        listing = ", ".join(f"{name}: {', then '.join(used)}" for name, used in machines.items())
+        said.append(f"**Seconds are not comparable**: the runs were not on the same hardware ({listing}).")
     return said
 
 
 def results_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the results, for report.md and for the terminal."""
-    head = [
-        "run",
-        "valid loss",
-        "valid ppl",
-        "tokens",
-        "student FLOPs",
-        "teacher FLOPs",
-        "seconds",
-        "tokens/s",
-    ]
+    head = ["run", "validation loss / ppl", "tokens", "student FLOPs", "teacher FLOPs", "seconds", "tokens/s"]
     rows = []
     for run in runs:
         end = run.final
         rate = amount("tokens", end.tokens / end.seconds) if end.seconds > 0 else "–"
-        losses = [f"{end.loss:.4f}", f"{_perplexity(end.loss):.2f}"]
         flops = [amount("flops", end.flops), amount("flops", end.teacher_flops) if end.teacher_flops else "0"]
         spent = amount("seconds", end.seconds)
-        rows.append([run.name, *losses, amount("tokens", end.tokens), *flops, spent, rate])
+        rows.append([run.name, _loss(end.loss), amount("tokens", end.tokens), *flops, spent, rate])
+    windows = {run.evaluation.windows for run in runs if run.evaluation}
+    if windows:
+        head.insert(2, f"held-out loss / ppl (all {' or '.join(f'{n:,}' for n in sorted(windows))} windows)")
+        for run, row in zip(runs, rows, strict=True):
+            row.insert(2, _held_out(run, say_windows=len(windows) > 1))
     return head, rows
+
+
+def _held_out(run: Run, say_windows: bool) -> str:
+    full = run.evaluation
+    if full is None:
+        return "–"
+    at = f" at step {full.step:,}" if full.step != run.final.step else ""
+    return _loss(full.loss) + at + (f", {full.windows:,} windows" if say_windows else "")
 
 
 def _runs_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
@@ -192,51 +186,23 @@ def _runs_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
         "layers × width": lambda run: "{} × {}".format(
             run.setting("model.num_layers", "–"), run.setting("model.hidden_size", "–")
         ),
-        "parameters": lambda run: run.setting("parameters") or run.setting("model.parameters"),
         "context": lambda run: run.setting("model.context"),
         "batch": lambda run: run.setting("training.global_batch"),
         "steps": lambda run: f"{run.final.step:,}",
-        "tokens": lambda run: amount("tokens", run.final.tokens),
         "seed": lambda run: run.setting("training.seed"),
+        "processes × device": lambda run: _machine(run.starts[-1]) if run.starts else None,
     }
-    if all(columns["parameters"](run) is None for run in runs):
-        del columns["parameters"]
     return ["run", *columns], [[run.name, *(_cell(of(run)) for of in columns.values())] for run in runs]
 
 
-def _equal_table(pairs: list[tuple[Run, Run]]) -> tuple[list[str], list[list[str]]]:
-    head = ["equal", "at", "runs", "losses", "lower", "by (nats)", "schedule"]
-    rows = []
-    for run, other in pairs:
-        for axis, name in AXES.items():
-            equal, both = curves.equal_x(run, other, axis), f"{run.name} / {other.name}"
-            if equal is None:
-                rows.append([name, "–", both, *["–"] * 4])
-                continue
-            size, progress = equal.difference, " / ".join(f"{100 * part:.0f} %" for part in equal.progress)
-            lower = "–" if not math.isfinite(size) else run.name if size < 0 else other.name
-            lower = "level" if abs(size) < LEVEL else lower
-            losses = " / ".join(f"{loss:.4f}" for loss in equal.losses)
-            rows.append([name, amount(axis, equal.x), both, losses, lower, f"{abs(size):.3f}", progress])
-    return head, rows
-
-
-def _match_table(pairs: list[tuple[Run, Run]]) -> tuple[list[str], list[list[str]]]:
-    def cell(match: ToMatch) -> str:
-        if match.x is None:
-            return "not reached"
-        return amount(match.axis, match.x) + (f" = {match.factor:.2f} ×" if match.factor is not None else "")
-
-    rows = [
-        [
-            one.name,
-            f"{two.name}: {two.final.loss:.4f}",
-            *(cell(curves.x_to_match(one, two, axis)) for axis in AXES),
-        ]
-        for run, other in pairs
-        for one, two in ((run, other), (other, run))
-    ]
-    return ["run", "final loss of", *AXES.values()], rows
+def _match_words(run: Run, other: Run, axes: list[str]) -> str | None:
+    matches = [curves.x_to_match(run, other, axis) for axis in axes]
+    parts = [f"{match.factor:.2f} × its {AXES[match.axis]}" for match in matches if match.factor is not None]
+    if not parts:
+        return None
+    return (
+        f"**{run.name}** reaches the final loss of **{other.name}** ({other.final.loss:.3f}) with {', '.join(parts)}."
+    )
 
 
 def _cost_words(run: Run, other: Run) -> str | None:
@@ -261,9 +227,20 @@ def _settings_section(runs: list[Run]) -> str:
 
 
 def _commands(runs: list[Run], command: str) -> str:
-    again = [f"deepspeed launcher/pretrain.py --config {run.folder / 'config.yaml'} run=FOLDER" for run in runs]
-    lines = ["# each run again, from its resolved config", *again, "# this page", command]
-    return "\n".join(["```sh", *lines, "```"])
+    lines = []
+    for run in runs:
+        if run.starts:
+            last = run.starts[-1]
+            lines += [f"# {run.name}, as each of its processes ({_machine(last)}) was started last", last.command]
+        else:
+            config = shlex.quote(str(run.folder / "config.yaml"))
+            lines += [f"# {run.name} again, from its resolved config"]
+            lines += [f"deepspeed launcher/pretrain.py --config {config} run=FOLDER"]
+    return "\n".join(["```sh", *lines, "# this page", command, "```"])
+
+
+def _machine(start: Start) -> str:
+    return f"{start.world} × {start.device}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -285,5 +262,8 @@ def _listing(runs: list[Run], values: list) -> str:
     return ", ".join(f"{run.name}: {value}" for run, value in zip(runs, values, strict=True))
 
 
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
+def _loss(loss: float) -> str:
+    try:
+        return f"{loss:.4f} / {math.exp(loss):.2f}"
+    except OverflowError:
+        return f"{loss:.4g} / inf"

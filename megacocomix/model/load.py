@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from megacocomix.config import Config, ModelConfig, build_config
 from megacocomix.errors import UserError
+from megacocomix.files import file_sha256
 from megacocomix.model.gpt2 import GPT2, assemble
 from megacocomix.model.hf_names import load_hf_weights
 
@@ -48,7 +50,8 @@ def load_model(path: str | Path) -> LoadedModel:
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first: only these carry their final name."""
-    return sorted(Path(run).glob("checkpoints/step-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    complete = [path for path in Path(run).glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def latest_checkpoint(run: str | Path) -> Path:
@@ -60,14 +63,19 @@ def latest_checkpoint(run: str | Path) -> Path:
 
 
 def read_checkpoint_manifest(folder: Path) -> dict:
-    """checkpoint.json of a checkpoint of ours; the sizes of all files it names are checked. Raises UserError."""
-    manifest = json.loads((folder / CHECKPOINT_FILE).read_text())
-    for name, entry in manifest["files"].items():
+    """checkpoint.json of a checkpoint of ours; size and SHA-256 of all files it names are checked. Raises UserError."""
+    remedy = f"Delete {folder} to go on from the checkpoint before it."
+    try:
+        manifest = json.loads((folder / CHECKPOINT_FILE).read_text())
+        entries = manifest["files"].items()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder / CHECKPOINT_FILE} is damaged ({error}). {remedy}") from None
+    for name, entry in entries:
         size = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if size != entry["bytes"]:
-            raise UserError(
-                f"{folder / name} is damaged: {size} bytes, expected {entry['bytes']}. Use an earlier checkpoint."
-            )
+            raise UserError(f"{folder / name} is damaged: {size} bytes, expected {entry['bytes']}. {remedy}")
+        if file_sha256(folder / name) != entry["sha256"]:
+            raise UserError(f"{folder / name} is damaged: its SHA-256 is not the manifest's. {remedy}")
     return manifest
 
 
@@ -110,8 +118,7 @@ def _load_hf(folder: Path) -> LoadedModel:
             )
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{weights} does not hold the GPT-2 that config.json describes: {error}.") from None
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return LoadedModel(model, shape, None, digest, folder)
+    return LoadedModel(model, shape, None, file_sha256(weights), folder)
 
 
 def _hf_shape(folder: Path) -> ModelConfig:

@@ -3,6 +3,10 @@ python."""
 
 import os
 import random
+import socket
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -29,12 +33,16 @@ class Runtime:
 def start_runtime() -> Runtime:
     """Join the job that the launcher's environment describes, or be a job of one. Raises UserError when peers cannot be
     met."""
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        raise UserError("srun started several processes, but none knows its rank: start torchrun or deepspeed instead.")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     # DeepSpeed reads these again, and picks an accelerator of its own where none is named.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
-    has_gpu = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if has_gpu else "cpu")
+    has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    os.environ["DS_ACCELERATOR"] = "cuda" if has_gpu else "cpu"
+    if has_gpu and local_rank >= torch.cuda.device_count():
+        raise UserError(f"this host has {torch.cuda.device_count()} GPUs, fewer than the processes started on it.")
     if has_gpu:
         torch.cuda.set_device(local_rank)
     # CPU tensors go over gloo in either case: signals and counts must not wait for a GPU stream.
@@ -49,10 +57,30 @@ def start_runtime() -> Runtime:
     return Runtime(rank, world, torch.device("cuda", local_rank) if has_gpu else torch.device("cpu"))
 
 
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """All ranks leave this part with the same UserError, or none does. One that failed alone would leave the others
+    waiting in their next collective."""
+    problems = []
+    try:
+        yield
+    except UserError as error:
+        problems = error.problems
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, (socket.gethostname(), problems))
+    where = defaultdict(list)
+    for rank, (host, lines) in enumerate(everyones):
+        for line in lines:
+            where[line].append(f"rank {rank} on {host}")
+    if where:
+        everywhere = len(everyones)
+        raise UserError(*(line if len(at) == everywhere else f"{line} ({', '.join(at)})" for line, at in where.items()))
+
+
 def stop_runtime() -> None:
-    """Leave the job."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the job together: a launcher ends the other processes as soon as one has left with an error."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -1,7 +1,7 @@
 """DeepSpeed: engine construction, and every place where its internals are touched. Written for the versions in TESTED.
 
-The rest of the project sees an engine it can call, `backward`, `step`, `gradient_norm`, and the fp32 weights and Adam
-moments as slices by parameter name (`local_slices`), whatever the ZeRO stage.
+The rest of the project sees an engine it can call, that accumulates gradients and steps (`accumulate`), and the fp32
+weights and Adam moments as slices by parameter name (`local_slices`), whatever the ZeRO stage.
 """
 
 import logging
@@ -120,6 +120,12 @@ class Engine:
         """Global gradient norm before clipping, of the last step."""
         return float(self._norm if self.stage == 0 else self._engine.get_global_grad_norm())
 
+    def step_was_applied(self) -> bool:
+        """False when DeepSpeed met a gradient that is not finite and left the weights as they were; all ranks agree."""
+        if self.stage == 0:
+            return math.isfinite(self.gradient_norm())
+        return self._engine.was_step_applied()
+
     def local_slices(self, state: str) -> Iterator[Slice]:
         """This rank's part of `state` (one of STATES) of every parameter, in the same order on every rank."""
         self._create_moments()
@@ -134,10 +140,6 @@ class Engine:
         self._create_moments()
         for state in self._adam().state.values():
             state["step"].fill_(step)
-
-    def destroy(self) -> None:
-        """Remove DeepSpeed's hooks and buffers."""
-        self._engine.destroy()
 
     def _adam(self) -> torch.optim.Optimizer:
         return self.optimizer if self.stage == 0 else self.optimizer.optimizer

@@ -22,6 +22,18 @@ class ConceptLabeler:
         """int64 [B, T] → int64 [B, T, K_attr]."""
         return select_labels(attribute(self.teacher, self.sae, tokens_BT), self.num_labels, self.mask_unlabelled)
 
+    def teacher_shape(self) -> ModelConfig:
+        """The teacher's sizes, for counting its cost."""
+        teacher = self.teacher
+        return ModelConfig(
+            num_layers=len(teacher.blocks),
+            hidden_size=teacher.width,
+            num_heads=teacher.width // teacher.blocks[0].attention.head_size,
+            context=teacher.context,
+            vocab_size=teacher.vocab_size,
+            dropout=0.0,
+        )
+
 
 def open_labeler(config: Config, device: torch.device) -> ConceptLabeler:
     """Teacher and autoencoder of a config. Raises one UserError with everything in which the two, or the student, do
@@ -64,16 +76,3 @@ def _misfits(config: Config, teacher: Teacher, sae: TopKSAE):
     for key, value in here.items():
         if sae.info.get(key, value) != value:
             yield f"teacher.sae {path} was trained for {key} {sae.info[key]}, but this run has {value}."
-
-
-def teacher_shape(teacher: Teacher) -> ModelConfig:
-    """The teacher's sizes, for counting its cost."""
-    block = teacher.blocks[0]
-    return ModelConfig(
-        num_layers=len(teacher.blocks),
-        hidden_size=teacher.width,
-        num_heads=teacher.width // block.attention.head_size,
-        context=teacher.context,
-        vocab_size=teacher.vocab_size,
-        dropout=0.0,
-    )

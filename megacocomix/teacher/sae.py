@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megacocomix.errors import UserError
+from megacocomix.files import file_sha256
 from megacocomix.model.concept import STANDARDIZE_EPS, standardize
 
 FORMAT = "megacocomix-sae"
@@ -54,6 +55,7 @@ class TopKSAE(nn.Module):
             raise UserError(f"k is {k}; it must be from 1 to the number of latents, {num_latents}.")
         self.k = k
         self.info: dict[str, Any] = {}
+        self.sha256 = ""
         self.pre_bias = nn.Parameter(torch.zeros(width))
         self.encoder = nn.Parameter(torch.zeros(num_latents, width))
         self.latent_bias = nn.Parameter(torch.zeros(num_latents))
@@ -145,11 +147,11 @@ class TopKSAE(nn.Module):
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
         except SafetensorError as error:
             raise UserError(
-                f"{path}: not a readable safetensors file ({error}). "
-                "Autoencoders of other projects are read by tools/convert_sae.py."
+                f"{path}: not a readable safetensors file ({error}). Train one with tools/train_sae.py."
             ) from None
         sae = cls._from_weights(weights, k, str(path)).requires_grad_(False)
         sae.info = info
+        sae.sha256 = file_sha256(path)
         return sae
 
     @classmethod

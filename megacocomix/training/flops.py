@@ -9,12 +9,13 @@ costs a linear layer once more, attention twice.
 import torch
 
 from megacocomix.config import Config, ModelConfig
+from megacocomix.teacher.labels import ConceptLabeler
 
 # Dense bf16 peak of one device, from the makers' data sheets.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
-    "H100": 989e12,
+    "H100 HBM3": 989e12,
     "H200": 989e12,
     "B200": 2250e12,
 }
@@ -47,15 +48,16 @@ def student_flops(config: Config) -> float:
     return 3 * (lower * block(1) + (model.num_layers - lower) * block(2) + concept + head)
 
 
-def teacher_flops(teacher: ModelConfig, sae_layer: int, latents: int, k: int, tokens: int) -> float:
+def labelling_flops(config: Config, labeler: ConceptLabeler) -> float:
     """FLOPs a token of live labelling: a forward pass, the backward pass above the autoencoder's layer, encoding, K
     scores."""
-    linear, attention = linear_flops(teacher), attention_flops(teacher, tokens)
-    above = teacher.num_layers - sae_layer - 1
-    head = 2 * teacher.hidden_size * teacher.vocab_size
+    teacher, (latents, width) = labeler.teacher_shape(), labeler.sae.encoder.shape
+    linear, attention = linear_flops(teacher), attention_flops(teacher, config.model.context)
+    above = teacher.num_layers - config.teacher.sae_layer - 1
+    head = 2 * width * teacher.vocab_size
     forward = teacher.num_layers * (linear + attention) + head
     backward = above * (linear + 2 * attention) + head
-    return forward + backward + 2 * teacher.hidden_size * (latents + k)
+    return forward + backward + 2 * width * (latents + labeler.sae.k)
 
 
 def activated_parameters(config: Config) -> int:
@@ -66,9 +68,9 @@ def activated_parameters(config: Config) -> int:
     return base + ((method.num_concepts + method.num_kept) * width if config.concepts else 0)
 
 
-def device_peak(device: torch.device) -> float | None:
-    """Peak bf16 FLOP/s of a device, None where it is not in the table (so no MFU is shown rather than a wrong one)."""
-    if device.type != "cuda":
+def device_peak(device: torch.device, precision: str) -> float | None:
+    """Peak bf16 FLOP/s of a device; None where it is not in the table, or in fp32: no MFU rather than a wrong one."""
+    if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])) if key in name), None)
+    name = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((peak for words, peak in PEAK_FLOPS.items() if all(word in name for word in words.split())), None)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 
 from rich.console import Console
@@ -15,11 +16,11 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Rank 0's metrics of a run. Every record is one JSON line, on disk before the next step begins."""
+    """Rank 0's metrics of a run, a JSON line a record. Raises UserError when they cannot be written."""
 
     def __init__(self, run: Path, config: Config, first_step: int):
-        self._file = open(run / METRICS_FILE, "a")  # noqa: SIM115 (closed in close)
-        self.console = Console(highlight=False, soft_wrap=True)
+        self._file = _open_after_whole_lines(run / METRICS_FILE)
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self._wandb = _start_wandb(run, config) if config.logging.wandb else None
         self._board = _start_tensorboard(run) if config.logging.tensorboard else None
         self._progress = Progress(
@@ -45,7 +46,7 @@ class MetricsLog:
         concept = "" if record["concept_loss"] is None else f"concept {record['concept_loss']:.3f}  "
         mfu = "" if record["mfu"] is None else f"MFU {record['mfu']:.1%}  "
         left = _clock((self._last_step - record["step"]) * seconds_per_step)
-        self.console.print(
+        self.say(
             f"step {record['step']:>6}/{self._last_step}  loss {record['loss']:.4f}  {concept}lr {record['lr']:.2e}  "
             f"norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s  "
             f"{record['flops_per_second'] / 1e9:,.1f} GFLOP/s  {mfu}{record['memory_gib']:.2f} GiB  {left} left"
@@ -73,14 +74,29 @@ class MetricsLog:
             self._board.close()
 
     def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._file.name} cannot be written: {error.strerror}.") from None
         numbers = {key: value for key, value in record.items() if value is not None}
         if self._wandb:
             self._wandb.log(numbers, step=record["step"])
         if self._board:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, record["step"])
+
+
+def _open_after_whole_lines(path: Path):
+    """Open for appending. A line that a crash left half written would swallow the next record: it is cut off."""
+    try:
+        file = open(path, "a+")  # noqa: SIM115 (closed by MetricsLog.close)
+        file.seek(0)
+        text = file.read()
+        file.truncate(len(text[: text.rfind("\n") + 1].encode()))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    return file
 
 
 def _clock(seconds: float) -> str:
@@ -95,25 +111,20 @@ def _start_wandb(run: Path, config: Config):
     # The id is kept in the run folder: a resumed run goes on in the same Weights & Biases run.
     id_file = run / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
-    has_key = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        id_file.write_text(uuid.uuid4().hex[:8])
+    has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False)
     return wandb.init(
         project="megacocomix",
         name=run.name,
         id=id_file.read_text(),
         resume="allow",
         dir=run,
-        mode=mode,
+        mode=os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),
         config=config.model_dump(mode="json"),
     )
 
 
 def _start_tensorboard(run: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "logging.tensorboard needs the package tensorboard: pip install 'megacocomix[tensorboard]'."
-        ) from None
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(run / "tensorboard")

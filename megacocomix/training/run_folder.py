@@ -1,13 +1,16 @@
 """The run folder: one place for everything a run writes.
 
-config.yaml (resolved) · code.json (version, commit, command) · metrics.jsonl · logs/ · checkpoints/ · evals/ · plots/
+config.yaml (resolved) · code.json (version, commit, starts) · metrics.jsonl · logs/ · checkpoints/ · evals/
 """
 
+import fcntl
 import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import IO
 
 from megacocomix import __version__
 from megacocomix.config import Config, build_config, dump_config, parse_yaml
@@ -28,23 +31,42 @@ def check_run_folder(config: Config) -> Path:
     return run
 
 
-def write_run_folder(config: Config, run: Path) -> None:
-    """Make the folder and write the resolved config and the code version into it. Raises UserError when it cannot be
-    written."""
+def write_run_folder(config: Config, run: Path, start: dict) -> IO:
+    """Make the folder, and write the resolved config, the code version and this start (`world`, `device`) into it.
+
+    Returns an open file that locks the run while it is open. Raises UserError when the folder cannot be written, or
+    another job is training in it.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "w")  # noqa: SIM115 (the caller keeps it open)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (run / "config.yaml").write_text(dump_config(config))
-        (run / "code.json").write_text(json.dumps(code_version() | {"command": sys.argv}, indent=1))
+        file = run / "code.json"
+        starts = json.loads(file.read_text())["starts"] if file.is_file() else []
+        starts.append({"command": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start})
+        file.write_text(json.dumps(code_version() | {"starts": starts}, indent=1))
+    except BlockingIOError:
+        raise UserError(
+            f"run {run} is being trained by another job. Wait for it, or choose another: run=PATH."
+        ) from None
     except OSError as error:
         raise UserError(f"run {run} cannot be written: {error.strerror}.") from None
+    return lock
 
 
 def log_to_file(run: Path, rank: int) -> None:
-    """Send this process's log records to RUN/logs/rank-N.log too."""
-    (run / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run / "logs" / f"rank-{rank:05d}.log")
+    """Send this process's log records to RUN/logs/rank-N.log, and warnings to stderr too. Raises UserError."""
+    try:
+        (run / "logs").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(run / "logs" / f"rank-{rank:05d}.log")
+    except OSError as error:
+        raise UserError(f"run {run} cannot be written: {error.strerror}.") from None
     handler.setFormatter(logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    for each in (handler, console):
+        logging.getLogger().addHandler(each)
     logging.getLogger("megacocomix").setLevel(logging.INFO)
 
 

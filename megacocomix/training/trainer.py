@@ -6,6 +6,7 @@ import math
 import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,15 +14,14 @@ import torch.distributed as dist
 
 from megacocomix.checkpoint.store import TrainingState, load_checkpoint, save_checkpoint
 from megacocomix.config import Config, dump_config
-from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE
-from megacocomix.evaluation.perplexity import validation_loss
+from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
+from megacocomix.evaluation.perplexity import perplexity, validation_loss
 from megacocomix.model.gpt2 import build_model
-from megacocomix.model.load import list_checkpoints, load_weights
+from megacocomix.model.load import list_checkpoints, load_weights, read_checkpoint_manifest
 from megacocomix.parallel.recompute import recompute_blocks
-from megacocomix.parallel.runtime import Runtime, seed_step
+from megacocomix.parallel.runtime import Runtime, all_or_none, seed_step
 from megacocomix.parallel.zero import Engine
-from megacocomix.teacher.labels import teacher_shape
-from megacocomix.training.flops import device_peak, student_flops, teacher_flops
+from megacocomix.training.flops import device_peak, labelling_flops, student_flops
 from megacocomix.training.metrics import MetricsLog
 from megacocomix.training.objective import batch_loss, count_labelled
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -32,16 +32,25 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config, runtime: Runtime) -> int:
-    """Run a config to its end, from its newest checkpoint if it has one. Returns an exit code. Raises UserError."""
-    check_config(config, runtime.world)
-    run = check_run_folder(config)
-    inputs = open_inputs(config, runtime.device)
-    dist.barrier()  # every rank has compared the folder's config before it is written again
-    if runtime.is_main:
-        write_run_folder(config, run)
-    dist.barrier()
-    log_to_file(run, runtime.rank)
-    return Trainer(config, runtime, run, inputs).fit()
+    """Run a config to its end, from its newest checkpoint if it has one. Returns an exit code. Raises UserError, on all
+    ranks alike."""
+    with all_or_none():
+        check_config(config, runtime.world)
+        run = check_run_folder(config)
+        inputs = open_inputs(config, runtime.device)
+    with all_or_none():
+        # After every rank has compared the folder's config, which is now written again.
+        device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu"
+        lock = write_run_folder(config, run, {"world": runtime.world, "device": device}) if runtime.is_main else None
+    with all_or_none():
+        log_to_file(run, runtime.rank)
+        trainer = Trainer(config, runtime, run, inputs)
+    try:
+        return trainer.fit()
+    finally:
+        trainer.close()
+        if lock:
+            lock.close()
 
 
 class Trainer:
@@ -49,53 +58,72 @@ class Trainer:
 
     def __init__(self, config: Config, runtime: Runtime, run: Path, inputs: Inputs):
         self.config, self.runtime, self.run, self.inputs = config, runtime, run, inputs
+        self.identity = inputs.identity()
+        self.about = {"config": config.model_dump(mode="json"), "code": code_version(), "inputs": self.identity}
         model = build_model(config)
-        checkpoints = list_checkpoints(run)
-        if checkpoints:
-            load_weights(model, checkpoints[-1])
+        checkpoint = self._choose_checkpoint()
+        if checkpoint:
+            load_weights(model, checkpoint)
         recompute_blocks(model, config.training.recompute)
         model.to(runtime.device)
         self.engine = Engine(model, build_optimizer(model, config.optimizer), config, runtime)
-        self.state = load_checkpoint(checkpoints[-1], self.engine) if checkpoints else TrainingState()
+        self.state = load_checkpoint(checkpoint, self.engine) if checkpoint else TrainingState()
         self.metrics = MetricsLog(run, config, self.state.step) if runtime.is_main else None
         self.last_step = config.training.stop_after or config.training.steps
         self.tokens_per_step = config.training.global_batch * config.model.context
         self.student_flops = student_flops(config)
-        self.teacher_flops = 0.0
-        if inputs.labeler:
-            sae = inputs.labeler.sae
-            shape = teacher_shape(inputs.labeler.teacher)
-            self.teacher_flops = teacher_flops(
-                shape, config.teacher.sae_layer, len(sae.encoder), sae.k, config.model.context
-            )
+        self.teacher_flops = labelling_flops(config, inputs.labeler) if inputs.labeler else 0.0
+        self.bad_data: UserError | None = None
         self.stop_signal = 0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note_signal)
 
     def fit(self) -> int:
-        """Train to the last step. Returns an exit code."""
+        """Train to the last step. Returns an exit code. Raises UserError."""
         state, config = self.state, self.config
         self._announce()
         self._start_clock()
-        code = EXIT_FINISHED
         while state.step < self.last_step:
             losses = self._step()
+            stopped = self._agree_on_stopping()
             is_last = state.step == self.last_step
-            if (state.step % config.logging.every == 0 or is_last) and not self._log_step(losses):
-                code = EXIT_FAILED
-                break
-            stopped = self._any_rank_was_signalled()
+            saves = state.step % config.checkpoint.every == 0 or is_last or stopped
+            logs = state.step % config.logging.every == 0 or is_last
+            if not self.engine.step_was_applied() or ((logs or saves) and not self._is_finite(losses)):
+                self._say(
+                    f"error: loss or gradient is not finite at step {state.step}; nothing saved since the last save"
+                )
+                return EXIT_FAILED
+            if logs:
+                self._log_step(losses)
+            if saves:  # before validating, which may take longer than the grace period after a signal
+                self._save()
             if state.step % config.evaluation.every == 0 or is_last:
                 self._validate()
-            if state.step % config.checkpoint.every == 0 or is_last or stopped:
-                self._save()
             if stopped and not is_last:
                 self._say(f"stopped on a signal after step {state.step}: saved, start the same command again to go on")
-                code = EXIT_REQUEUE
-                break
+                return EXIT_REQUEUE
+        return EXIT_FINISHED
+
+    def close(self) -> None:
+        """Finish logging."""
         if self.metrics:
             self.metrics.close()
-        return code
+
+    def _choose_checkpoint(self) -> Path | None:
+        """The newest checkpoint, as rank 0 sees the folder: a shared file system may show the others an older state."""
+        chosen = [list_checkpoints(self.run)[-1:]]
+        dist.broadcast_object_list(chosen, src=0)
+        if not chosen[0]:
+            return None
+        (checkpoint,) = chosen[0]
+        stored = read_checkpoint_manifest(checkpoint)["inputs"]
+        if changed := [key for key in sorted(stored) if stored[key] != self.identity.get(key)]:
+            raise UserError(
+                f"run {self.run} was begun with other content of {' and '.join(changed)} than is there now. "
+                "Bring it back, or choose another folder with run=PATH."
+            )
+        return checkpoint
 
     def _step(self) -> torch.Tensor:
         """One optimizer step. Returns this rank's share of the global mean losses: next-token and concept, on the
@@ -140,55 +168,48 @@ class Trainer:
 
     def _read(self, positions: range) -> torch.Tensor:
         tokens = self.inputs.train.batch(positions)
-        check_token_ids(tokens, self.config.model.vocab_size, self.config.data.train)
+        try:
+            check_token_ids(tokens, self.inputs.vocab_size, self.config.data.train)
+        except UserError as error:
+            # The others are on their way into this step's collectives: go with them, and stop together after it.
+            self.bad_data = error
+            tokens = tokens.clip(0, self.inputs.vocab_size - 1)
         return torch.from_numpy(tokens).to(self.runtime.device)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.config.optimizer, self.config.training.steps)
 
-    def _log_step(self, losses: torch.Tensor) -> bool:
-        """Write a training line. Returns False when the loss is no longer a number: every rank sees the same sum."""
-        state = self.state
+    def _is_finite(self, losses: torch.Tensor) -> bool:
+        """Whether this step's loss and gradient norm are numbers; sums `losses` over the ranks, so that all agree."""
         dist.all_reduce(losses)
+        return bool(losses.isfinite().all()) and math.isfinite(self.engine.gradient_norm())
+
+    def _log_step(self, losses: torch.Tensor) -> None:
+        state = self.state
         loss, concept_loss = losses.tolist()
         grad_norm = self.engine.gradient_norm()
         self._pause_clock()
         steps, seconds = state.step - self.logged.step, state.seconds - self.logged.seconds
         self.logged = TrainingState(step=state.step, seconds=state.seconds)
         tokens_per_second = steps * self.tokens_per_step / seconds
-        peak = device_peak(self.runtime.device)
+        peak = device_peak(self.runtime.device, self.config.training.precision)
         flops_per_second = tokens_per_second * self.student_flops
-        if self.metrics:
-            self.metrics.train(
-                {
-                    "step": state.step,
-                    "tokens": state.tokens,
-                    "flops": state.flops,
-                    "teacher_flops": state.teacher_flops,
-                    "seconds": round(state.seconds, 3),
-                    "loss": loss,
-                    "concept_loss": concept_loss if self.config.concepts else None,
-                    "lr": self._learning_rate(state.step - 1),
-                    "grad_norm": grad_norm,
-                    "tokens_per_second": tokens_per_second,
-                    "flops_per_second": flops_per_second,
-                    "mfu": flops_per_second / (peak * self.runtime.world) if peak else None,
-                    "memory_gib": _peak_memory_gib(self.runtime.device),
-                },
-                seconds / steps,
-            )
+        record = self._progress_record() | {
+            "loss": loss,
+            "concept_loss": concept_loss if self.config.concepts else None,
+            "lr": self._learning_rate(state.step - 1),
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_second,
+            "flops_per_second": flops_per_second,
+            "mfu": flops_per_second / (peak * self.runtime.world) if peak else None,
+            "memory_gib": _peak_memory_gib(self.runtime.device),
+        }
+        self._write(lambda metrics: metrics.train(record, seconds / steps))
         self._start_clock()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return True
-        self._say(
-            f"error: loss {loss}, gradient norm {grad_norm} at step {state.step}: "
-            "stopped, nothing saved since the last checkpoint"
-        )
-        return False
 
     def _validate(self) -> None:
         self._pause_clock()
-        training, runtime, state = self.config.training, self.runtime, self.state
+        training, runtime = self.config.training, self.runtime
         self.engine.train(False)
         num_sequences = self.config.evaluation.batches * training.global_batch
         loss = validation_loss(
@@ -200,24 +221,14 @@ class Trainer:
             runtime.rank,
             runtime.world,
         )
-        if self.metrics:
-            self.metrics.valid(
-                {
-                    "step": state.step,
-                    "tokens": state.tokens,
-                    "flops": state.flops,
-                    "teacher_flops": state.teacher_flops,
-                    "seconds": round(state.seconds, 3),
-                    "valid_loss": loss,
-                    "valid_ppl": math.exp(loss),
-                }
-            )
+        record = self._progress_record() | {"valid_loss": loss, "valid_ppl": perplexity(loss)}
+        self._write(lambda metrics: metrics.valid(record))
         self._start_clock()
 
     def _save(self) -> None:
         self._pause_clock()
-        about = {"config": self.config.model_dump(mode="json"), "code": code_version()}
-        folder = save_checkpoint(self.run, self.engine, self.state, about, self.config.checkpoint.keep, self.runtime)
+        keep = self.config.checkpoint.keep
+        folder = save_checkpoint(self.run, self.engine, self.state, self.about, keep, self.runtime)
         log.info("saved %s", folder)
         self._start_clock()
 
@@ -233,11 +244,32 @@ class Trainer:
     def _note_signal(self, number, _frame) -> None:
         self.stop_signal = number
 
-    def _any_rank_was_signalled(self) -> bool:
-        """All ranks agree: one that left alone would leave the others waiting."""
-        flag = torch.tensor([self.stop_signal])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def _agree_on_stopping(self) -> bool:
+        """Whether any rank was signalled. All ranks agree: one that left alone would leave the others waiting. Raises
+        UserError, on all ranks, when one has read data that cannot be trained on."""
+        flags = torch.tensor([self.stop_signal, self.bad_data is not None])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        stop_signal, bad_data = flags.tolist()
+        if bad_data:
+            with all_or_none():
+                if self.bad_data:
+                    raise self.bad_data
+        return bool(stop_signal)
+
+    def _progress_record(self) -> dict:
+        state = self.state
+        return {
+            "step": state.step,
+            "tokens": state.tokens,
+            "flops": state.flops,
+            "teacher_flops": state.teacher_flops,
+            "seconds": round(state.seconds, 3),
+        }
+
+    def _write(self, write: Callable[[MetricsLog], None]) -> None:
+        with all_or_none():
+            if self.metrics:
+                write(self.metrics)
 
     def _announce(self) -> None:
         config, state = self.config, self.state

@@ -8,6 +8,7 @@ from megacocomix.errors import UserError
 from megacocomix.evaluation.curves import (
     AXES,
     differing_settings,
+    equal_end,
     equal_x,
     noise,
     read_run,
@@ -43,6 +44,14 @@ def write_run(folder, lines, **changes):
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text)
     return folder
+
+
+def write_evaluation(folder, step, loss, **changes):
+    """RUN/evals/NAME.json as tools/evaluate.py writes it."""
+    values = {"data": "shards/valid", "data_fingerprint": "f1", "context": 16, "num_sequences": 100}
+    values |= {"step": step, "valid_loss": loss, "valid_ppl": 1.0} | changes
+    (folder / "evals").mkdir(exist_ok=True)
+    (folder / "evals" / f"{len(list((folder / 'evals').iterdir()))}.json").write_text(json.dumps(values))
 
 
 @pytest.fixture
@@ -200,3 +209,62 @@ def test_runs_that_differ_in_the_seed_alone_measure_noise(tmp_path):
         for seed, loss in ((1, 4.0), (2, 4.25), (3, 4.125))
     ]
     assert noise(read_runs(folders)).size == 0.25
+
+
+def test_the_evaluation_of_the_highest_step_on_the_runs_own_data_counts(tmp_path, caplog):
+    folder = write_run(tmp_path / "run", [valid_line(20, 4.0)])
+    assert read_run(folder).evaluation is None
+    write_evaluation(folder, 20, 4.1)
+    write_evaluation(folder, 9, 4.5)
+    write_evaluation(folder, 30, 1.0, data="elsewhere")
+    write_evaluation(folder, 40, None)
+    (folder / "evals" / "torn.json").write_text('{"step": 50')
+    found = read_run(folder).evaluation
+    assert (found.step, found.loss, found.windows) == (20, 4.1, 100)
+    assert caplog.text.count("is left out") == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": 10}, {"num_sequences": 99}, {"context": 8}, {"data_fingerprint": "f2"}, {"data": "elsewhere"}]
+)
+def test_full_evaluations_are_compared_at_the_end_and_over_the_same_windows_alone(tmp_path, changes):
+    one, two, odd = (write_run(tmp_path / name, [valid_line(20, 4.0)]) for name in ("one", "two", "odd"))
+    write_evaluation(one, 20, 4.125)
+    write_evaluation(two, 20, 4.0)
+    write_evaluation(odd, **{"step": 20, "loss": 4.0} | changes)
+    one, two, odd = read_runs([one, two, odd])
+    assert (equal_end(one, two).difference, equal_end(one, two).windows) == (0.125, 100)
+    assert equal_end(one, odd) is None
+
+
+def test_full_evaluations_after_different_numbers_of_tokens_are_not_at_equal_tokens(tmp_path):
+    one, two = (write_run(tmp_path / str(step), [valid_line(step, 4.0)]) for step in (20, 30))
+    write_evaluation(one, 20, 4.0)
+    write_evaluation(two, 30, 4.0)
+    assert equal_end(*read_runs([one, two])) is None
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"command": ["x"]}', '{"starts": [{"command": ["x"]}]}'])
+def test_a_code_file_that_does_not_tell_of_starts_is_no_mistake(tmp_path, text):
+    folder = write_run(tmp_path / "run", [valid_line(20, 4.0)])
+    if text is not None:
+        (folder / "code.json").write_text(text)
+    assert read_run(folder).starts == ()
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, None, 1e308])
+def test_a_loss_that_is_no_use_is_compared_without_a_traceback(tmp_path, loss):
+    lines = [{**valid_line(s, 4.0), "valid_loss": loss if s > 20 else 4.0} for s in (10, 20, 30, 40)]
+    good = write_run(tmp_path / "good", [valid_line(s, 5 - s / 100) for s in (10, 20, 30, 40)])
+    run, good = read_runs([write_run(tmp_path / "lost", lines), good])
+    assert x_to_match(run, good, "tokens").x == 1000
+    assert loss == 1e308 or x_to_match(good, run, "tokens").x is None
+    assert loss == 1e308 or not math.isfinite(equal_x(run, good, "tokens").difference)
+    assert noise([run, good]).seeds is None
+
+
+@pytest.mark.parametrize("spent", [{"tokens": math.nan}, {"seconds": math.inf}, {"flops": 10**400}, {"step": math.inf}])
+def test_spending_that_is_no_finite_number_is_refused_with_its_line(tmp_path, spent):
+    folder = write_run(tmp_path / "run", [valid_line(10, 5.0), {**valid_line(20, 4.0), **spent}])
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: a valid_loss line needs numbers"):
+        read_run(folder)

@@ -127,7 +127,7 @@ def test_missing_file_is_refused(tmp_path):
 def test_file_that_is_not_safetensors_is_refused(tmp_path):
     path = tmp_path / "5.pt"
     torch.save(openai_state(), path)
-    with pytest.raises(UserError, match=r"5\.pt: not a readable safetensors file.*convert_sae"):
+    with pytest.raises(UserError, match=r"5\.pt: not a readable safetensors file.*train_sae"):
         TopKSAE.load(path)
 
 
@@ -140,7 +140,7 @@ def test_truncated_file_is_refused(saved):
 def test_safetensors_file_of_another_project_is_refused(tmp_path):
     path = tmp_path / "sae.safetensors"
     save_file(openai_state(), path)
-    with pytest.raises(UserError, match=f"format 'none', not '{FORMAT}'.*convert_sae"):
+    with pytest.raises(UserError, match=f"format 'none', not '{FORMAT}'.*train_sae"):
         TopKSAE.load(path)
 
 

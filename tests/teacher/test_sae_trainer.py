@@ -257,7 +257,7 @@ def test_tool_records_what_it_trained_on_and_never_overwrites(teacher_and_data, 
     ("wrong", "message"),
     [
         (["--layer", 6], "layer 6 is not one of 0 … 5"),
-        (["--layer", -1], "blocks are 0 … 5"),
+        (["--layer", -1], "layer -1 is not one of 0 … 5"),
         (["--k", 65], "k is 65"),
         (["--steps", 0], "steps is 0"),
         (["--teacher", "nowhere"], "nowhere does not exist"),

@@ -1,0 +1,158 @@
+"""What a run does when something is wrong with its numbers, its data or its sinks."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import tiny
+from megacocomix.errors import UserError
+from processes import run_processes
+
+pytestmark = pytest.mark.slow
+
+
+def train(config):
+    from megacocomix.parallel.runtime import start_runtime, stop_runtime
+    from megacocomix.training.trainer import train
+
+    torch.set_num_threads(1)
+    runtime = start_runtime()
+    try:
+        outcome = train(config, runtime), None
+    except UserError as error:
+        outcome = 2, error.problems
+    stop_runtime()
+    return outcome
+
+
+def train_all(configs):
+    from megacocomix.parallel.runtime import start_runtime, stop_runtime
+    from megacocomix.training.trainer import train
+
+    torch.set_num_threads(1)
+    runtime = start_runtime()
+    codes = [train(config, runtime) for config in configs]
+    stop_runtime()
+    return codes
+
+
+def train_with_a_nan(configs):
+    """The loss of the fourth step, which is not logged, is not a number."""
+    import megacocomix.training.trainer as trainer
+
+    batch_loss = trainer.batch_loss
+
+    def spoilt(*arguments):
+        loss = batch_loss(*arguments)
+        return loss._replace(total=loss.total * float("nan")) if rate[0] == 3 else loss
+
+    step, rate = trainer.Trainer._step, [0]
+
+    def counted(self):
+        rate[0] = self.state.step
+        return step(self)
+
+    trainer.batch_loss, trainer.Trainer._step = spoilt, counted
+    return train_all(configs)
+
+
+def train_with_another_file_on_rank_1(config, train_path):
+    if os.environ["RANK"] == "1":
+        config = config.model_copy(update={"data": config.data.model_copy(update={"train": train_path})})
+    return train(config)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    tiny.make_inputs(folder)
+    return folder
+
+
+def test_a_step_that_is_not_finite_ends_the_run_with_1_and_is_never_saved(folder):
+    configs = [tiny.config(folder, f"nan{zero}", parallel={"zero": zero}, logging={"every": 100}) for zero in range(4)]
+    assert run_processes(2, train_with_a_nan, configs) == [[1] * 4] * 2
+    for zero in range(4):
+        assert [path.name for path in (folder / f"nan{zero}/checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_file_that_one_rank_lacks_is_an_error_of_all_ranks_that_names_it(folder):
+    config = tiny.config(folder, "one-rank")
+    for code, problems in run_processes(2, train_with_another_file_on_rank_1, config, str(folder / "gone.bin")):
+        assert code == 2
+        assert len(problems) == 1
+        assert "gone.bin" in problems[0]
+        assert "rank 1 on" in problems[0]
+    assert not (folder / "one-rank").exists()
+
+
+def test_a_token_that_one_rank_reads_outside_the_vocabulary_stops_all(folder):
+    bad = folder / "bad.bin"
+    tokens = bytearray((folder / "train.bin").read_bytes())
+    tokens[2 * 16 * 40 : 2 * 16 * 40 + 2] = (500).to_bytes(2, "little")  # in one window
+    bad.write_bytes(tokens)
+    config = tiny.config(
+        folder, "bad-token", data={"train": str(bad)}, training={"steps": 30}, checkpoint={"every": 100}
+    )
+    for code, problems in run_processes(2, train, config):
+        assert code == 2
+        assert "bad.bin holds token 500" in problems[0]
+
+
+def test_other_content_under_the_same_name_does_not_resume(folder):
+    tiny.write_tokens(folder / "moving.bin", 100 * tiny.CONTEXT)
+    data = {"train": str(folder / "moving.bin")}
+    assert run_processes(1, train, tiny.config(folder, "moved", data=data, training={"stop_after": 3})) == [(0, None)]
+    tiny.write_tokens(folder / "moving.bin", 100 * tiny.CONTEXT, seed=7)
+    ((code, problems),) = run_processes(1, train, tiny.config(folder, "moved", data=data))
+    assert code == 2
+    assert "other content of data.train" in problems[0]
+
+
+def validation_dropout(config):
+    """Train with dropout; note in which mode each forward pass of a validation runs."""
+    import megacocomix.training.trainer as trainer
+
+    modes, validate = [], trainer.validation_loss
+
+    def watched(forward, *arguments):
+        handle = forward.module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+        loss = validate(forward, *arguments)
+        handle.remove()
+        return loss
+
+    trainer.validation_loss = watched
+    assert train(config) == (0, None)
+    return modes
+
+
+def test_validation_runs_without_dropout(folder):
+    (modes,) = run_processes(1, validation_dropout, tiny.config(folder, "dropout", model={"dropout": 0.5}))
+    assert modes
+    assert not any(modes)
+
+
+def test_wandb_and_tensorboard_get_the_metrics_offline_and_a_resumed_run_goes_on_in_the_same(folder):
+    os.environ["WANDB_MODE"] = "offline"
+    logging = {"wandb": True, "tensorboard": True}
+    for stop in (3, None):
+        config = tiny.config(folder, "sinks", logging=logging, training={"stop_after": stop})
+        assert run_processes(1, train, config) == [(0, None)]
+    run = folder / "sinks"
+    wandb_id = (run / "wandb_id").read_text()
+    assert len(list(run.glob(f"wandb/offline-run-*-{wandb_id}"))) == 2
+    assert len(list(run.glob("tensorboard/events*"))) == 2
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 6 + 2
+    assert len(json.loads((run / "code.json").read_text())["starts"]) == 2
+
+
+def test_a_half_written_line_is_cut_off_when_the_run_goes_on(folder):
+    config = tiny.config(folder, "torn", training={"stop_after": 3})
+    assert run_processes(1, train, config) == [(0, None)]
+    with open(folder / "torn/metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert run_processes(1, train, tiny.config(folder, "torn")) == [(0, None)]
+    lines = (folder / "torn/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [1, 2, 3, 4, 5, 6]
