@@ -2,28 +2,14 @@ import resource
 import signal
 
 import pytest
-import torch
 
 import tiny
+from jobs import train
 from megacocomix.errors import UserError
 from megacocomix.model.load import load_model
 from processes import run_processes
 
 pytestmark = pytest.mark.slow
-
-
-def train(config):
-    from megacocomix.parallel.runtime import start_runtime, stop_runtime
-    from megacocomix.training.trainer import train
-
-    torch.set_num_threads(1)
-    runtime = start_runtime()
-    try:
-        return train(config, runtime), None
-    except UserError as error:
-        return 2, error.problems
-    finally:
-        stop_runtime()
 
 
 def train_on_a_full_disk(config, rank):
@@ -60,12 +46,12 @@ def test_a_full_disk_is_one_clear_line_and_costs_no_earlier_checkpoint(folder, r
         assert code == 2
         assert f"rank {rank} could not write" in problems[0]
     assert [path.name for path in (folder / run / "checkpoints").iterdir()] == ["step-00000003"]
-    assert run_processes(2, train, tiny.config(folder, run)) == [(0, None)] * 2
+    assert run_processes(2, train, tiny.config(folder, run)) == [(0, [])] * 2
 
 
 def test_the_newest_checkpoints_are_kept_and_damage_is_refused(folder):
     config = tiny.config(folder, "kept", checkpoint={"every": 1, "keep": 2})
-    assert run_processes(1, train, config) == [(0, None)]
+    assert run_processes(1, train, config) == [(0, [])]
     checkpoints = folder / "kept/checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000005", "step-00000006"]
     loaded = load_model(folder / "kept")
@@ -73,5 +59,18 @@ def test_the_newest_checkpoints_are_kept_and_damage_is_refused(folder):
     assert loaded.config == config
     weights = checkpoints / "step-00000006/weights-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=r"is damaged: \d+ bytes, expected"):
         load_model(folder / "kept")
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_refused(folder):
+    config = tiny.config(folder, "flipped", training={"stop_after": 3})
+    assert run_processes(1, train, config) == [(0, [])]
+    file = folder / "flipped/checkpoints/step-00000003/optimizer-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    ((code, problems),) = run_processes(1, train, tiny.config(folder, "flipped"))
+    assert code == 2
+    assert "SHA-256" in problems[0]
+    assert "Delete" in problems[0]

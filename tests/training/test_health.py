@@ -4,38 +4,12 @@ import json
 import os
 
 import pytest
-import torch
 
 import tiny
-from megacocomix.errors import UserError
+from jobs import train, train_all
 from processes import run_processes
 
 pytestmark = pytest.mark.slow
-
-
-def train(config):
-    from megacocomix.parallel.runtime import start_runtime, stop_runtime
-    from megacocomix.training.trainer import train
-
-    torch.set_num_threads(1)
-    runtime = start_runtime()
-    try:
-        outcome = train(config, runtime), None
-    except UserError as error:
-        outcome = 2, error.problems
-    stop_runtime()
-    return outcome
-
-
-def train_all(configs):
-    from megacocomix.parallel.runtime import start_runtime, stop_runtime
-    from megacocomix.training.trainer import train
-
-    torch.set_num_threads(1)
-    runtime = start_runtime()
-    codes = [train(config, runtime) for config in configs]
-    stop_runtime()
-    return codes
 
 
 def train_with_a_nan(configs):
@@ -73,7 +47,7 @@ def folder(tmp_path_factory):
 
 def test_a_step_that_is_not_finite_ends_the_run_with_1_and_is_never_saved(folder):
     configs = [tiny.config(folder, f"nan{zero}", parallel={"zero": zero}, logging={"every": 100}) for zero in range(4)]
-    assert run_processes(2, train_with_a_nan, configs) == [[1] * 4] * 2
+    assert run_processes(2, train_with_a_nan, configs) == [[(1, [])] * 4] * 2
     for zero in range(4):
         assert [path.name for path in (folder / f"nan{zero}/checkpoints").iterdir()] == ["step-00000003"]
 
@@ -104,7 +78,7 @@ def test_a_token_that_one_rank_reads_outside_the_vocabulary_stops_all(folder):
 def test_other_content_under_the_same_name_does_not_resume(folder):
     tiny.write_tokens(folder / "moving.bin", 100 * tiny.CONTEXT)
     data = {"train": str(folder / "moving.bin")}
-    assert run_processes(1, train, tiny.config(folder, "moved", data=data, training={"stop_after": 3})) == [(0, None)]
+    assert run_processes(1, train, tiny.config(folder, "moved", data=data, training={"stop_after": 3})) == [(0, [])]
     tiny.write_tokens(folder / "moving.bin", 100 * tiny.CONTEXT, seed=7)
     ((code, problems),) = run_processes(1, train, tiny.config(folder, "moved", data=data))
     assert code == 2
@@ -124,7 +98,7 @@ def validation_dropout(config):
         return loss
 
     trainer.validation_loss = watched
-    assert train(config) == (0, None)
+    assert train(config) == (0, [])
     return modes
 
 
@@ -139,7 +113,7 @@ def test_wandb_and_tensorboard_get_the_metrics_offline_and_a_resumed_run_goes_on
     logging = {"wandb": True, "tensorboard": True}
     for stop in (3, None):
         config = tiny.config(folder, "sinks", logging=logging, training={"stop_after": stop})
-        assert run_processes(1, train, config) == [(0, None)]
+        assert run_processes(1, train, config) == [(0, [])]
     run = folder / "sinks"
     wandb_id = (run / "wandb_id").read_text()
     assert len(list(run.glob(f"wandb/offline-run-*-{wandb_id}"))) == 2
@@ -150,9 +124,9 @@ def test_wandb_and_tensorboard_get_the_metrics_offline_and_a_resumed_run_goes_on
 
 def test_a_half_written_line_is_cut_off_when_the_run_goes_on(folder):
     config = tiny.config(folder, "torn", training={"stop_after": 3})
-    assert run_processes(1, train, config) == [(0, None)]
+    assert run_processes(1, train, config) == [(0, [])]
     with open(folder / "torn/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    assert run_processes(1, train, tiny.config(folder, "torn")) == [(0, None)]
+    assert run_processes(1, train, tiny.config(folder, "torn")) == [(0, [])]
     lines = (folder / "torn/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [1, 2, 3, 4, 5, 6]

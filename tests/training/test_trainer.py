@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
+from jobs import train_all
 from megacocomix.config import Config
 from processes import run_processes
 
@@ -32,19 +33,7 @@ STOPPED = {
 }
 
 
-def train_all(configs: list[Config]) -> list[int]:
-    from megacocomix.parallel.runtime import start_runtime, stop_runtime
-    from megacocomix.training.trainer import train
-
-    torch.set_num_threads(1)
-    runtime = start_runtime()
-    try:
-        return [train(config, runtime) for config in configs]
-    finally:
-        stop_runtime()
-
-
-def train_and_signal(config: Config) -> int:
+def train_and_signal(config: Config) -> tuple[int, list[str]]:
     """Rank 1 alone is told to stop, in its third step."""
     from megacocomix.teacher.labels import ConceptLabeler
 
@@ -107,8 +96,8 @@ def folder(tmp_path_factory):
         double.append(tiny.config(folder, f"whole-{name}", **sections))
         double.append(tiny.config(folder, f"parts-{name}", **sections | {"training": training | {"stop_after": 3}}))
         double.append(tiny.config(folder, f"parts-{name}", **sections))
-    assert run_processes(1, train_all, single) == [[0] * len(single)]
-    assert run_processes(2, train_all, double) == [[0] * len(double)] * 2
+    assert run_processes(1, train_all, single) == [[(0, [])] * len(single)]
+    assert run_processes(2, train_all, double) == [[(0, [])] * len(double)] * 2
     return folder
 
 
@@ -143,7 +132,7 @@ def test_the_loss_falls(folder):
 
 def test_a_signal_to_one_rank_saves_and_stops_all_with_75_and_the_run_goes_on(folder):
     config = tiny.config(folder, "signalled")
-    assert run_processes(2, train_and_signal, config) == [75, 75]
+    assert run_processes(2, train_and_signal, config) == [(75, [])] * 2
     assert [path.name for path in sorted((folder / "signalled/checkpoints").iterdir())] == ["step-00000003"]
-    assert run_processes(2, train_all, [config]) == [[0], [0]]
+    assert run_processes(2, train_all, [config]) == [[(0, [])]] * 2
     assert_same_run(folder, "signalled", "zero3", rtol=0, atol=0)
