@@ -8,7 +8,7 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c GPU || true)
 processes=${PROCESSES:-$((gpus > 0 ? (gpus > 2 ? 2 : gpus) : 2))}
 
 say() { printf '\n== %s\n' "$*"; }
-pretrain() { deepspeed --num_accelerators "$processes" launcher/pretrain.py --config configs/tiny.yaml "$@"; }
+pretrain() { deepspeed --log_level error --num_accelerators "$processes" launcher/pretrain.py --config configs/tiny.yaml "$@"; }
 
 say "1/5 preparing the shipped text"
 python tools/prepare_data.py assets/corpus/wiki_vital.jsonl.gz --out data/wiki --tokenizer assets/teacher/tokenizer.model --valid 0.05

@@ -27,9 +27,8 @@ def main() -> int:
     """Parse the command line, train, return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML recipe, such as configs/tiny.yaml")
-    parser.add_argument(
-        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
-    )  # deepspeed passes it; we read LOCAL_RANK
+    # deepspeed passes it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change an option of the recipe")
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)

@@ -16,7 +16,7 @@ say "1/5 training the tokenizer"
 say "2/5 preparing the text"
 python tools/prepare_data.py $text --out data/teacher --tokenizer data/teacher/tokenizer.model --valid 0.05
 say "3/5 pretraining the teacher"
-deepspeed --num_accelerators "$processes" launcher/pretrain.py --config configs/teacher.yaml
+deepspeed --log_level error --num_accelerators "$processes" launcher/pretrain.py --config configs/teacher.yaml
 say "4/5 exporting it"
 python tools/convert_checkpoint.py runs/teacher --out "$out" --to hf
 python tools/evaluate.py "$out" --data data/teacher/valid

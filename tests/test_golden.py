@@ -136,11 +136,11 @@ def test_no_teacher_parameter_gets_a_gradient(golden, teacher, sae):
 
 def test_labels_where_the_reference_had_a_choice(golden, config, teacher, sae):
     case, tensors = golden
+    assert any((tensors[f"label_margin.{step}"] > 0).any() for step in range(case["steps"]))
     for step in range(case["steps"]):
         attribution = attribute(teacher, sae, tensors["input_ids"][step])
         labels = select_labels(attribution, config.method.num_labels, config.method.mask_unlabelled)
         decided = tensors[f"label_margin.{step}"] > 0
-        assert decided.any()
         expected = tensors[f"labels.{step}"][decided]
         assert torch.equal(labels[decided].sort(-1).values, expected.sort(-1).values)
 

@@ -76,7 +76,9 @@ def _write(source: LoadedModel, out: Path, tokenizer: str) -> None:
 @torch.no_grad()
 def _largest_difference(source: LoadedModel, folder: Path) -> float:
     from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     shape = source.shape
     tokens = torch.randint(shape.vocab_size, (2, shape.context), generator=torch.Generator().manual_seed(0))
     theirs = GPT2LMHeadModel.from_pretrained(folder).eval()(tokens).logits
