@@ -126,7 +126,7 @@ def test_values_are_not_coerced_silently(recipe):
         ("method.insertion_layer=4", "Nearest valid: 3"),
         ("method.num_kept=5000", "Nearest valid: 2048"),
         ("teacher=null", "teacher is missing"),
-        ("optimizer.min_lr=1", "Nearest valid: 0.002"),
+        ("optimizer.min_lr=1", "Nearest valid: 0.003"),
         ("optimizer.warmup_steps=9999", "warmup_steps"),
         ("training.stop_after=9999", "stop_after"),
         ("parallel.tensor=2", "Nearest valid: 1"),

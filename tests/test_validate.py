@@ -69,7 +69,7 @@ def test_a_token_outside_the_vocabulary_is_named():
 
 def test_a_run_folder_of_another_config_is_refused_naming_each_difference(folder, tmp_path):
     first = tiny.config(tmp_path)
-    write_run_folder(first, check_run_folder(first))
+    write_run_folder(first, check_run_folder(first), {})
     before = (tmp_path / "run/config.yaml").read_text()
     with pytest.raises(UserError) as caught:
         check_run_folder(tiny.config(tmp_path, model={"num_layers": 4}, optimizer={"lr": 1.0}))
@@ -81,7 +81,7 @@ def test_a_run_folder_of_another_config_is_refused_naming_each_difference(folder
 
 def test_what_changes_no_weight_may_change_between_starts(tmp_path):
     first = tiny.config(tmp_path)
-    write_run_folder(first, check_run_folder(first))
+    write_run_folder(first, check_run_folder(first), {})
     check_run_folder(tiny.config(tmp_path, training={"stop_after": 2}, parallel={"zero": 1}, logging={"every": 7}))
 
 

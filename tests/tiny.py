@@ -13,8 +13,11 @@ SHAPE = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "context": CONTEXT,
 
 
 def write_tokens(path, num_tokens, seed=0):
+    """Independent tokens, some far more frequent than others, so that there is something to learn in a few steps."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.random.default_rng(seed).integers(0, VOCAB, num_tokens, dtype=np.uint16).tofile(path)
+    frequency = 1 / np.arange(1, VOCAB + 1)
+    tokens = np.random.default_rng(seed).choice(VOCAB, num_tokens, p=frequency / frequency.sum())
+    tokens.astype(np.uint16).tofile(path)
 
 
 def make_teacher(folder):
