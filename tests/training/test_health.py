@@ -108,8 +108,10 @@ def test_validation_runs_without_dropout(folder):
     assert not any(modes)
 
 
-def test_wandb_and_tensorboard_get_the_metrics_offline_and_a_resumed_run_goes_on_in_the_same(folder):
-    os.environ["WANDB_MODE"] = "offline"
+def test_without_a_key_wandb_gets_the_metrics_offline_and_a_resumed_run_goes_on_in_the_same(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))  # no key in ~/.netrc
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
     logging = {"wandb": True, "tensorboard": True}
     for stop in (3, None):
         config = tiny.config(folder, "sinks", logging=logging, training={"stop_after": stop})
