@@ -23,3 +23,13 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def root() -> Path:
     return Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with the inputs of a tiny run: see tests/tiny.py."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.make_inputs(folder)
+    return folder

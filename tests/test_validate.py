@@ -11,13 +11,6 @@ from megacocomix.validate import check_token_ids, open_inputs
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.make_inputs(folder)
-    return folder
-
-
 def refusal(config):
     with pytest.raises(UserError) as caught:
         open_inputs(config, CPU)

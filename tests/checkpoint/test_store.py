@@ -31,13 +31,6 @@ def train_on_a_full_disk(config, rank):
     return train(config)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    tiny.make_inputs(folder)
-    return folder
-
-
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_is_one_clear_line_and_costs_no_earlier_checkpoint(folder, rank):
     run = f"full-{rank}"

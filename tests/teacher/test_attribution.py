@@ -82,13 +82,6 @@ def test_the_last_position_of_a_window_is_never_labelled(model, sae):
     assert (labels[:, :-1] >= 0).any()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny.make_inputs(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("sae", "sections", "what"),
     [

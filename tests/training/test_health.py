@@ -38,13 +38,6 @@ def train_with_another_file_on_rank_1(config, train_path):
     return train(config)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    tiny.make_inputs(folder)
-    return folder
-
-
 def test_a_step_that_is_not_finite_ends_the_run_with_1_and_is_never_saved(folder):
     configs = [tiny.config(folder, f"nan{zero}", parallel={"zero": zero}, logging={"every": 100}) for zero in range(4)]
     assert run_processes(2, train_with_a_nan, configs) == [[(1, [])] * 4] * 2
