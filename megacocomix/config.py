@@ -36,7 +36,7 @@ class ModelConfig(Section):
     """Width D of the residual stream."""
     num_heads: Positive
     """Attention heads; must divide hidden_size."""
-    context: Positive
+    context: Annotated[int, Field(ge=2)]
     """Tokens T in a training window, and the number of learned positions."""
     vocab_size: Positive
     """Rows of the tied embedding. At least the vocabulary of the data and of the teacher."""
@@ -224,18 +224,16 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML with the rules of `_Loader`; `name` is said in errors. Raises UserError on malformed text."""
-    loader = _Loader(text)
-    loader.name = name
     try:
+        loader = _Loader(text)
+        loader.name = name
         return loader.get_single_data()
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from None
-    finally:
-        loader.dispose()
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -270,7 +268,7 @@ def dump_config(config: Config) -> str:
 def _apply_override(values: dict, override: str) -> str:
     key, equals, text = override.partition("=")
     section, _, field = key.partition(".")
-    if not equals or not section:
+    if not equals or not section or key.endswith("."):
         raise UserError(f"override {override!r} is not section.key=value, such as training.steps=100.")
     value = parse_yaml(text, f"override {key}")
     if not field:

@@ -32,13 +32,19 @@ def say_problems(error: UserError) -> None:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a command line's `main` and exit with its code; a UserError becomes its lines on stderr and exit 2."""
+    """Run a command line's `main` and exit with its code; a UserError becomes its lines on stderr and exit 2, and so
+    does a file that cannot be read or written."""
     try:
         code = main()
     except UserError as error:
         # Before the ranks of a job have met, each knows only of itself; usually all meet the same mistake.
         if os.environ.get("RANK", "0") == "0":
             say_problems(error)
+        code = EXIT_USER
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         code = EXIT_USER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

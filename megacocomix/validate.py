@@ -3,14 +3,12 @@ to do."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from megacocomix.config import Config
 from megacocomix.data.tokenizer import load_tokenizer
-from megacocomix.data.tokens import TokenDataset, TokenShards
+from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.teacher.labels import ConceptLabeler, open_labeler
 
@@ -53,7 +51,7 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
     tokenizer = attempt(load_tokenizer, config.data.tokenizer)
     splits = {}
     for split, path, seed in (("train", config.data.train, config.training.seed), ("valid", config.data.valid, None)):
-        if shards := attempt(TokenShards.open, path):
+        if (shards := attempt(TokenShards.open, path)) is not None:
             problems.extend(_data_misfits(f"data.{split} {path}", shards, tokenizer, config))
             splits[split] = attempt(TokenDataset, shards, config.model.context, seed)
     labeler = attempt(open_labeler, config, device) if config.concepts else None
@@ -69,7 +67,7 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
                     f"{labeler.teacher.vocab_size}: both must be of one tokenizer."
                 )
     limit = min(config.model.vocab_size, labeler.teacher.vocab_size if labeler else config.model.vocab_size)
-    if splits.get("valid") and splits["valid"].shards.vocab_size is None:
+    if splits.get("valid"):
         attempt(_check_validation_tokens, splits["valid"], config, limit)
     if problems:
         raise UserError(*problems)
@@ -134,13 +132,3 @@ def _check_validation_tokens(dataset: TokenDataset, config: Config, vocab_size: 
     num_windows = min(dataset.num_windows, config.evaluation.batches * config.training.global_batch)
     for start in range(0, num_windows, 1024):
         check_token_ids(dataset.batch(range(start, min(start + 1024, num_windows))), vocab_size, config.data.valid)
-
-
-def check_token_ids(tokens: np.ndarray, vocab_size: int, source: str | Path) -> None:
-    """Raise UserError when a token is outside the vocabulary: a GPU's embedding would only say 'device-side assert'.
-
-    Needed for the foreign kinds of data, which do not say what their vocabulary is.
-    """
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise UserError(f"{source} holds token {wrong}, but model and teacher know those up to {vocab_size - 1}.")

@@ -1,12 +1,15 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 
 import tiny
 from megacocomix.data.prepare import prepare_data
+from megacocomix.data.tokens import check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.training.run_folder import check_run_folder, write_run_folder
-from megacocomix.validate import check_token_ids, open_inputs
+from megacocomix.validate import open_inputs
 
 CPU = torch.device("cpu")
 
@@ -83,3 +86,40 @@ def test_a_folder_that_is_no_run_is_not_taken_over(tmp_path):
     (tmp_path / "run/thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="not a run folder"):
         check_run_folder(tiny.config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change", [{"shards": []}, {"dtype": "int7"}, {"tokenizer": None}, {"shards": 5}, {"vocab_size": -1}]
+)
+def test_a_damaged_manifest_is_one_clear_line(folder, tmp_path, change):
+    train = prepared(tmp_path)
+    manifest = train / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    assert "manifest.json is damaged" in refusal(tiny.config(folder, data={"train": str(train)}))[0]
+
+
+def test_a_damaged_record_of_starts_does_not_keep_a_run_from_going_on(tmp_path):
+    config = tiny.config(tmp_path)
+    write_run_folder(config, check_run_folder(config), {}).close()
+    (tmp_path / "run/code.json").write_bytes(b"\xff{")
+    write_run_folder(config, check_run_folder(config), {}).close()
+    assert len(json.loads((tmp_path / "run/code.json").read_text())["starts"]) == 1
+
+
+def test_two_jobs_cannot_train_in_one_folder(tmp_path):
+    config = tiny.config(tmp_path)
+    lock = write_run_folder(config, check_run_folder(config), {})
+    with pytest.raises(UserError, match="another job"):
+        write_run_folder(config, check_run_folder(config), {})
+    lock.close()
+    write_run_folder(config, check_run_folder(config), {}).close()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[", b"just text"])
+def test_a_damaged_config_in_a_run_folder_is_one_clear_line(tmp_path, content):
+    config = tiny.config(tmp_path)
+    write_run_folder(config, check_run_folder(config), {}).close()
+    (tmp_path / "run/config.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        check_run_folder(config)
+    assert len(caught.value.problems) == 1

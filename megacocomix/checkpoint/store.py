@@ -8,7 +8,6 @@ It is written as `.step-N.partial` and renamed when every file is on disk, so a 
 """
 
 import contextlib
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -20,12 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megacocomix.errors import UserError
-from megacocomix.files import file_sha256
-from megacocomix.model.load import CHECKPOINT_FILE, list_checkpoints, read_checkpoint_manifest
+from megacocomix.files import file_sha256, write_json
+from megacocomix.model.load import (
+    CHECKPOINT_FILE,
+    CHECKPOINT_FORMAT,
+    CHECKPOINT_VERSION,
+    list_checkpoints,
+    read_checkpoint_manifest,
+)
 from megacocomix.parallel.runtime import Runtime
 from megacocomix.parallel.zero import STATES, Engine, Slice
-
-FORMAT = "megacocomix-checkpoint"
 
 
 @dataclass
@@ -67,10 +70,10 @@ def save_checkpoint(run: Path, engine: Engine, state: TrainingState, about: dict
     dist.all_gather_object(reports, (files, failure))
     failures = [failure for _, failure in reports if failure]
     if runtime.is_main and not failures:
-        manifest = {"format": FORMAT, "version": 1, "state": asdict(state), **about}
+        manifest = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "state": asdict(state), **about}
         manifest["files"] = {name: entry for files, _ in reports for name, entry in files.items()}
         try:
-            _write_text(partial / CHECKPOINT_FILE, json.dumps(manifest, indent=1))
+            write_json(partial / CHECKPOINT_FILE, manifest)
             os.rename(partial, final)
         except OSError as error:
             failures = [f"checkpoint {final} was not saved: {error}."]
@@ -105,6 +108,8 @@ def load_checkpoint(folder: Path, engine: Engine) -> TrainingState:
                 if not len(piece.values):
                     continue
                 key = _key(state, piece.name)
+                if key not in where:
+                    raise UserError(f"{folder} lacks {key}. Delete it to go on from the checkpoint before it.")
                 values = where[key].get_tensor(key).view(-1)
                 piece.values.copy_(values[piece.start : piece.start + len(piece.values)])
     training = TrainingState(**manifest["state"])
@@ -146,10 +151,3 @@ def _write(path: Path, tensors: dict) -> dict:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def _write_text(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -40,7 +40,7 @@ def find_sources(inputs: Sequence[str]) -> list[Path | str]:
             sources.append(path)
         elif path.exists():
             problems.append(f"{name} is of an unknown kind. Valid: {' '.join(SUFFIXES)}, or a dataset folder.")
-        elif not known and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
+        elif not known and not path.is_symlink() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
             sources.append(str(name))
         else:
             problems.append(f"{name} does not exist.")
@@ -51,7 +51,10 @@ def find_sources(inputs: Sequence[str]) -> list[Path | str]:
 
 def _sources_in(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+        try:
+            splits = [str(split) for split in json.loads((folder / "dataset_dict.json").read_bytes())["splits"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}/dataset_dict.json is damaged.") from error
         if len(splits) != 1:
             raise UserError(f"{folder} has several splits, give one: {' '.join(str(folder / s) for s in splits)}")
         return [folder / splits[0]]
@@ -131,6 +134,8 @@ def _read_jsonl(path: Path, field: str, advance: Callable) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, a very deep list
+            raise UserError(f"{where} cannot be read: {error}.") from error
         if not isinstance(row, dict):
             raise UserError(f"{where} is not a JSON object.")
         yield _text(row, field, where)

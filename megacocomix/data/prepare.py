@@ -30,9 +30,9 @@ from megacocomix.data.tokens import (
     file_fingerprint,
     read_manifest,
     token_dtype,
-    write_json,
 )
 from megacocomix.errors import UserError
+from megacocomix.files import write_json
 
 BATCH_CHARS = 2**18  # what a worker gets at a time
 COMMIT_SECONDS = 10  # an interruption costs at most about this much work
@@ -70,6 +70,8 @@ def train_tokenizer(
     inputs: Sequence[str], out: str | Path, vocab_size: int, valid: float = 0.0, field: str = "text"
 ) -> Tokenizer:
     """A SentencePiece tokenizer for `inputs`, trained without the documents of the validation split."""
+    if not 0 <= valid < 1:
+        raise UserError(f"--valid {valid} is not a fraction from 0 up to 1.")
     documents = read_documents(find_sources(inputs), field)
     return train_sentencepiece((text for text in documents if not is_validation(text, valid)), out, vocab_size)
 
@@ -158,11 +160,15 @@ def _restore(out: Path, settings: dict, splits: list[str]) -> dict:
     """The recorded state of interrupted work, else a state that begins afresh."""
     file = out / ".partial" / "state.json"
     if file.exists():
-        state = json.loads(file.read_bytes())
-        if state["pieces"]:
-            _check_same(out, state["settings"], settings)
+        try:
+            state = json.loads(file.read_bytes())
+            pieces, found, _ = state["pieces"], dict(state["settings"]), dict(state["splits"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is damaged: delete {out} and start again.") from error
+        if pieces:
+            _check_same(out, found, settings)
             return state
-        for split in state["splits"]:  # begun, and nothing recorded: whatever was written is of no use
+        for split in ("train", "valid"):  # begun, and nothing recorded: whatever was written is of no use
             shutil.rmtree(out / split, ignore_errors=True)
     taken = [str(out / split) for split in ("train", "valid") if (out / split).exists()]
     if taken:

@@ -19,7 +19,7 @@ import numpy as np
 
 from megacocomix.data.order import permuted_index
 from megacocomix.errors import UserError
-from megacocomix.files import file_sha256
+from megacocomix.files import file_sha256, write_json
 
 FORMAT = "megacocomix-tokens"
 VERSION = 1
@@ -242,16 +242,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return DTYPES["uint16" if vocab_size <= 2**16 else "uint32"]
 
 
-def write_json(file: Path, value: dict) -> None:
-    """Write it whole or not at all."""
-    unfinished = file.with_name(file.name + ".new")
-    with open(unfinished, "w") as stream:
-        json.dump(value, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, file)
-
-
 def read_manifest(folder: Path) -> dict:
     """The manifest of one split; UserError when the folder has none, or one that this version cannot read."""
     file = folder / MANIFEST
@@ -264,10 +254,16 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads(file.read_bytes())
         found = manifest["format"], manifest["version"]
+        if found != (FORMAT, VERSION):
+            raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {FORMAT} version {VERSION}.")
+        shards = [(str(shard["file"]), int(shard["num_tokens"]), shard["sha256"]) for shard in manifest["shards"]]
+        if manifest["dtype"] not in DTYPES or not shards or int(manifest["vocab_size"]) < 1:
+            raise ValueError
+        str(manifest["tokenizer"]["sha256"])
     except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{file} is damaged: prepare the data again.") from error
-    if found != (FORMAT, VERSION):
-        raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {FORMAT} version {VERSION}.")
     return manifest
 
 
@@ -299,3 +295,13 @@ def _bin_dtype(path: Path) -> np.dtype:
     if code not in MEGATRON_DTYPES:
         raise UserError(f"{index} is not a Megatron index of token ids that this version reads.")
     return MEGATRON_DTYPES[code]
+
+
+def check_token_ids(tokens, vocab_size: int, source: str | Path) -> None:
+    """Raise UserError when a token is outside the vocabulary: a GPU's embedding would only say 'device-side assert'.
+
+    The foreign kinds of data do not say what their vocabulary is. `tokens` is an array or a tensor of ids.
+    """
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise UserError(f"{source} holds token {wrong}, but model and teacher know those up to {vocab_size - 1}.")

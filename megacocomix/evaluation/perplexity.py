@@ -1,6 +1,5 @@
 """Validation loss: mean next-token loss over held-out windows, token-weighted, in eval mode."""
 
-import json
 from collections.abc import Callable
 from math import ceil, exp, inf
 from pathlib import Path
@@ -10,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from megacocomix.data.tokens import TokenDataset, TokenShards
+from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
+from megacocomix.files import write_json
 from megacocomix.model.load import load_model
 from megacocomix.model.losses import label_cross_entropy, next_token_targets
 
@@ -74,6 +74,7 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
     with tqdm(total=dataset.num_windows, unit="window", desc="evaluating", disable=None) as progress:
 
         def forward(tokens_BT: Tensor) -> tuple:
+            check_token_ids(tokens_BT, loaded.shape.vocab_size, data)
             progress.update(len(tokens_BT))
             return model(tokens_BT)
 
@@ -92,6 +93,6 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
         result["step"] = int(loaded.path.name.removeprefix("step-"))
         file = loaded.path.parents[1] / "evals" / f"{loaded.path.name}-{shards.fingerprint[:8]}.json"
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(file, result)
         result["file"] = str(file)
     return result

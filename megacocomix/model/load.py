@@ -21,6 +21,7 @@ from megacocomix.model.gpt2 import GPT2, assemble
 from megacocomix.model.hf_names import load_hf_weights
 
 CHECKPOINT_FILE = "checkpoint.json"
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "megacocomix-checkpoint", 1
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,18 @@ def latest_checkpoint(run: str | Path) -> Path:
 def read_checkpoint_manifest(folder: Path) -> dict:
     """checkpoint.json of a checkpoint of ours; size and SHA-256 of all files it names are checked. Raises UserError."""
     remedy = f"Delete {folder} to go on from the checkpoint before it."
+    file = folder / CHECKPOINT_FILE
     try:
-        manifest = json.loads((folder / CHECKPOINT_FILE).read_text())
-        entries = manifest["files"].items()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / CHECKPOINT_FILE} is damaged ({error}). {remedy}") from None
+        manifest = json.loads(file.read_bytes())
+        found = manifest["format"], manifest["version"]
+        entries = [
+            (name, {"bytes": entry["bytes"], "sha256": entry["sha256"]}) for name, entry in manifest["files"].items()
+        ]
+        _ = dict(manifest["state"]), dict(manifest["config"]), dict(manifest["inputs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is missing or damaged ({type(error).__name__}). {remedy}") from None
+    if found != (CHECKPOINT_FORMAT, CHECKPOINT_VERSION):
+        raise UserError(f"{file} is of format {found[0]} version {found[1]}; this code reads {CHECKPOINT_FORMAT} 1.")
     for name, entry in entries:
         size = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if size != entry["bytes"]:
@@ -123,9 +131,15 @@ def _load_hf(folder: Path) -> LoadedModel:
 
 def _hf_shape(folder: Path) -> ModelConfig:
     try:
-        values = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json is not JSON: {error}.") from None
+        values = dict(json.loads((folder / "config.json").read_bytes()))
+        return _checked_hf_shape(folder, values)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}/config.json is damaged, or lacks a size of the model ({error!r:.80}).") from None
+
+
+def _checked_hf_shape(folder: Path, values: dict) -> ModelConfig:
     if values.get("model_type") != "gpt2":
         raise UserError(f"{folder} is a {values.get('model_type')} model; only gpt2 can be read.")
     expected = {

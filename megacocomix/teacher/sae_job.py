@@ -53,8 +53,10 @@ def run_sae_job(job: SAEJob) -> dict[str, float]:
     Raises UserError for anything that does not fit; an existing file is never overwritten.
     """
     out = Path(job.out)
-    if out.exists():
-        raise UserError(f"--out {out} exists already: choose another name or delete it.")
+    log = out.with_name(out.name + ".jsonl")
+    for taken in (out, log):
+        if taken.exists():
+            raise UserError(f"--out {out}: {taken} exists already: choose another name or delete it.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     teacher = load_teacher(job.teacher, job.layer, job.location, device)
     train, train_positions, valid, valid_positions = _split(job, teacher)
@@ -65,7 +67,7 @@ def run_sae_job(job: SAEJob) -> dict[str, float]:
         raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}).") from None
     endless = (train_positions[i % len(train_positions)] for i in itertools.count())
     rows = (teacher.hidden(tokens).flatten(0, 1) for tokens in _token_batches(train, endless, teacher, device))
-    sae, last = _train_with_log(rows, settings, out.with_name(out.name + ".jsonl"))
+    sae, last = _train_with_log(rows, settings, log)
 
     held_out = list(_token_batches(valid, valid_positions, teacher, device))
     print(f"measuring on {sum(map(torch.Tensor.numel, held_out)):,} held-out tokens", flush=True)

@@ -1,6 +1,7 @@
 """Where numbers go: RUN/metrics.jsonl always, a console line, Weights & Biases and TensorBoard when asked."""
 
 import json
+import math
 import os
 import sys
 import uuid
@@ -75,7 +76,7 @@ class MetricsLog:
 
     def _write(self, record: dict) -> None:
         try:
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(numbers_only(record), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._file.name} cannot be written: {error.strerror}.") from None
@@ -90,13 +91,17 @@ class MetricsLog:
 def _open_after_whole_lines(path: Path):
     """Open for appending. A line that a crash left half written would swallow the next record: it is cut off."""
     try:
-        file = open(path, "a+")  # noqa: SIM115 (closed by MetricsLog.close)
-        file.seek(0)
-        text = file.read()
-        file.truncate(len(text[: text.rfind("\n") + 1].encode()))
+        content = path.read_bytes() if path.exists() else b""
+        file = open(path, "a")  # noqa: SIM115 (closed by MetricsLog.close)
+        file.truncate(content.rfind(b"\n") + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}.") from None
     return file
+
+
+def numbers_only(record: dict) -> dict:
+    """Infinity and NaN, which JSON does not know, as null."""
+    return {key: value if value is None or math.isfinite(value) else None for key, value in record.items()}
 
 
 def _clock(seconds: float) -> str:

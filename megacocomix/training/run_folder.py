@@ -15,7 +15,9 @@ from typing import IO
 from megacocomix import __version__
 from megacocomix.config import Config, build_config, dump_config, parse_yaml
 from megacocomix.errors import UserError
+from megacocomix.files import write_json, write_text
 
+LOCK = ".lock"
 # What may change between two starts of one run: nothing here alters the weights of any step.
 FREE = {"run", "parallel", "checkpoint", "evaluation", "logging", "training.stop_after", "training.micro_batch"}
 
@@ -25,8 +27,14 @@ def check_run_folder(config: Config) -> Path:
     run = Path(config.run)
     stored = run / "config.yaml"
     if stored.is_file():
-        _check_same(config, build_config(parse_yaml(stored.read_text(), str(stored)), str(stored)), run)
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+        try:
+            values = parse_yaml(stored.read_text(), str(stored))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{stored} cannot be read: {error}.") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{stored} is empty or damaged. Bring it back, or choose another folder with run=PATH.")
+        _check_same(config, build_config(values, str(stored)), run)
+    elif run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - {LOCK}):
         raise UserError(f"run {run} exists and is not a run folder. Choose another: run=PATH.")
     return run
 
@@ -39,13 +47,11 @@ def write_run_folder(config: Config, run: Path, start: dict) -> IO:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = open(run / ".lock", "w")  # noqa: SIM115 (the caller keeps it open)
+        lock = open(run / LOCK, "w")  # noqa: SIM115 (the caller keeps it open)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (run / "config.yaml").write_text(dump_config(config))
-        file = run / "code.json"
-        starts = json.loads(file.read_text())["starts"] if file.is_file() else []
-        starts.append({"command": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start})
-        file.write_text(json.dumps(code_version() | {"starts": starts}, indent=1))
+        write_text(run / "config.yaml", dump_config(config))
+        starts = [*_earlier_starts(run), {"command": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start}]
+        write_json(run / "code.json", code_version() | {"starts": starts})
     except BlockingIOError:
         raise UserError(
             f"run {run} is being trained by another job. Wait for it, or choose another: run=PATH."
@@ -53,6 +59,14 @@ def write_run_folder(config: Config, run: Path, start: dict) -> IO:
     except OSError as error:
         raise UserError(f"run {run} cannot be written: {error.strerror}.") from None
     return lock
+
+
+def _earlier_starts(run: Path) -> list[dict]:
+    """Starts recorded so far; a record that is damaged is begun again rather than keeping the run from going on."""
+    try:
+        return list(json.loads((run / "code.json").read_bytes())["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def log_to_file(run: Path, rank: int) -> None:
@@ -68,6 +82,7 @@ def log_to_file(run: Path, rank: int) -> None:
     for each in (handler, console):
         logging.getLogger().addHandler(each)
     logging.getLogger("megacocomix").setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a log on a full disk is not worth a traceback a line
 
 
 def code_version() -> dict:

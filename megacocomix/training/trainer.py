@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megacocomix.checkpoint.store import TrainingState, load_checkpoint, save_checkpoint
 from megacocomix.config import Config, dump_config
+from megacocomix.data.tokens import check_token_ids
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
 from megacocomix.evaluation.perplexity import perplexity, validation_loss
 from megacocomix.model.gpt2 import build_model
@@ -26,7 +27,7 @@ from megacocomix.training.metrics import MetricsLog
 from megacocomix.training.objective import batch_loss, count_labelled
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megacocomix.training.run_folder import check_run_folder, code_version, log_to_file, write_run_folder
-from megacocomix.validate import Inputs, check_config, check_token_ids, open_inputs
+from megacocomix.validate import Inputs, check_config, open_inputs
 
 log = logging.getLogger(__name__)
 
@@ -90,16 +91,15 @@ class Trainer:
             saves = state.step % config.checkpoint.every == 0 or is_last or stopped
             logs = state.step % config.logging.every == 0 or is_last
             if not self.engine.step_was_applied() or ((logs or saves) and not self._is_finite(losses)):
-                self._say(
-                    f"error: loss or gradient is not finite at step {state.step}; nothing saved since the last save"
-                )
+                self._say(f"error: loss or gradient is not finite at step {state.step}; it is not saved")
                 return EXIT_FAILED
             if logs:
                 self._log_step(losses)
             if saves:  # before validating, which may take longer than the grace period after a signal
                 self._save()
-            if state.step % config.evaluation.every == 0 or is_last:
-                self._validate()
+            if (state.step % config.evaluation.every == 0 or is_last) and not math.isfinite(self._validate()):
+                self._say(f"error: validation loss is not finite after step {state.step}: lower optimizer.lr")
+                return EXIT_FAILED
             if stopped and not is_last:
                 self._say(f"stopped on a signal after step {state.step}: saved, start the same command again to go on")
                 return EXIT_REQUEUE
@@ -207,7 +207,7 @@ class Trainer:
         self._write(lambda metrics: metrics.train(record, seconds / steps))
         self._start_clock()
 
-    def _validate(self) -> None:
+    def _validate(self) -> float:
         self._pause_clock()
         training, runtime = self.config.training, self.runtime
         self.engine.train(False)
@@ -224,6 +224,7 @@ class Trainer:
         record = self._progress_record() | {"valid_loss": loss, "valid_ppl": perplexity(loss)}
         self._write(lambda metrics: metrics.valid(record))
         self._start_clock()
+        return loss
 
     def _save(self) -> None:
         self._pause_clock()

@@ -125,3 +125,10 @@ def test_a_half_written_line_is_cut_off_when_the_run_goes_on(folder):
     assert run_processes(1, train, tiny.config(folder, "torn")) == [(0, [])]
     lines = (folder / "torn/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_weights_that_the_last_step_made_useless_are_not_a_finished_run(folder):
+    config = tiny.config(folder, "huge-lr", optimizer={"lr": 1e30}, training={"steps": 2}, logging={"every": 1})
+    assert run_processes(1, train, config) == [(1, [])]
+    lines = (folder / "huge-lr/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["valid_loss"] is None
