@@ -117,7 +117,9 @@ class Trainer:
         if not chosen[0]:
             return None
         (checkpoint,) = chosen[0]
-        stored = read_checkpoint_manifest(checkpoint)["inputs"]
+        with all_or_none():
+            # One rank reads it all against the hashes; the others will read what they need.
+            stored = read_checkpoint_manifest(checkpoint, verify=self.runtime.is_main)["inputs"]
         if changed := [key for key in sorted(stored) if stored[key] != self.identity.get(key)]:
             raise UserError(
                 f"run {self.run} was begun with other content of {' and '.join(changed)} than is there now. "
