@@ -29,7 +29,7 @@ class _Tagged(io.TextIOBase):
         self._stream.flush()
 
 
-def run_processes(world, function, *arguments, timeout=240):
+def run_processes(world, function, *arguments, timeout=600):
     """Call `function(*arguments)` in `world` fresh processes that know each other as a job of `world` ranks."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
