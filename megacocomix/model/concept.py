@@ -28,6 +28,18 @@ def interleave(x_BTD: torch.Tensor, concept_BTD: torch.Tensor) -> torch.Tensor:
     return torch.stack((x_BTD, concept_BTD), dim=2).flatten(1, 2)
 
 
+class KeepLargest(nn.Module):
+    """Concept logits [B, T, C] → the K largest of each position (values, indices), [B, T, K]. Raw logits are kept,
+    signs and all: no softmax, no ReLU."""
+
+    def __init__(self, num_kept: int):
+        super().__init__()
+        self.num_kept = num_kept
+
+    def forward(self, logits_BTC):
+        return logits_BTC.topk(self.num_kept, dim=-1)
+
+
 class Compress(nn.Module):
     """Linear(C, D) on a vector with K non-zeros, as a weighted sum of K rows: never a dense [C × D] product.
 
@@ -39,7 +51,7 @@ class Compress(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_concepts, hidden_size))
         self.bias = nn.Parameter(torch.empty(hidden_size))
 
-    def forward(self, index_BTK, value_BTK):
+    def forward(self, value_BTK, index_BTK):
         index, value = index_BTK.flatten(0, 1), value_BTK.flatten(0, 1)
         rows = F.embedding_bag(index, self.weight, mode="sum", per_sample_weights=value)
         return rows.unflatten(0, index_BTK.shape[:2]) + self.bias
@@ -50,16 +62,14 @@ class ConceptMixer(nn.Module):
 
     def __init__(self, hidden_size: int, num_concepts: int, num_kept: int):
         super().__init__()
-        self.num_kept = num_kept
         self.pre_bias = nn.Parameter(torch.zeros(hidden_size))
         self.predict = nn.Linear(hidden_size, num_concepts)
+        self.keep = KeepLargest(num_kept)
         self.compress = Compress(num_concepts, hidden_size)
 
     def forward(self, x_BTD):
-        """[B, T, D] → ([B, 2T, D], concept logits [B, T, C]). Raw logits are kept, signs and all: no softmax, no
-        ReLU."""
+        """[B, T, D] → ([B, 2T, D], concept logits [B, T, C])."""
         normed_BTD, mean, std = standardize(x_BTD)
         logits_BTC = self.predict(normed_BTD.to(x_BTD.dtype) - self.pre_bias)
-        value_BTK, index_BTK = logits_BTC.topk(self.num_kept, dim=-1)
-        concept_BTD = (self.compress(index_BTK, value_BTK) + self.pre_bias) * std + mean
+        concept_BTD = (self.compress(*self.keep(logits_BTC)) + self.pre_bias) * std + mean
         return interleave(x_BTD, concept_BTD.to(x_BTD.dtype)), logits_BTC

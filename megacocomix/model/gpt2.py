@@ -25,8 +25,9 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.context, config.hidden_size)
+        # Not nn.Embedding(…), which draws values only for `initialise` to replace them.
+        self.tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        self.positions = nn.Embedding.from_pretrained(torch.empty(config.context, config.hidden_size), freeze=False)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens_BT):
@@ -49,12 +50,10 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BSD):
-        batch, positions, _ = x_BSD.shape
-        qkv = self.qkv(x_BSD).view(batch, positions, -1, 3, self.head_size)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)
+        q, k, v = self.qkv(x_BSD).unflatten(-1, (-1, 3, self.head_size)).permute(3, 0, 2, 1, 4)
         dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, positions, -1)))
+        return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
@@ -86,7 +85,11 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model, with the concept module before block `insertion_layer` when one is given."""
+    """The language model, with the concept module before block `insertion_layer` when one is given.
+
+    A pipeline stage is this class with parts missing: `embed`, `concept`, `norm` and `head` may be None, and `blocks`
+    may hold any run of neighbours.
+    """
 
     def __init__(self, config: ModelConfig, concept: ConceptMixer | None = None, insertion_layer: int | None = None):
         super().__init__()
@@ -98,16 +101,24 @@ class GPT2(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head.weight = self.embed.tokens.weight
 
-    def forward(self, tokens_BT):
-        """int64 tokens [B, T] → (next-token logits [B, T, V], concept logits [B, T, C] or None)."""
-        x, concept_logits_BTC = self.embed(tokens_BT), None
+    def forward(self, x):
+        """int64 tokens [B, T] → (next-token logits [B, T, V], concept logits [B, T, C] or None).
+
+        Without an embedding x is the hidden state [B, S, D] that the part before returned; without a head the hidden
+        state is returned in place of logits.
+        """
+        concept_logits_BTC = None
+        if self.embed is not None:
+            x = self.embed(x)
         for index, block in self.blocks.items():
             if self.concept is not None and int(index) == self.insertion_layer:
                 x, concept_logits_BTC = self.concept(x)
             x = block(x)
-        if self.concept is not None:
-            x = x[:, 1::2]  # only concept positions predict (reference modeling_gpt2_cocomix.py:1358)
-        return self.head(self.norm(x)), concept_logits_BTC
+        if self.head is not None:
+            if self.insertion_layer is not None:
+                x = x[:, 1::2]  # only concept positions predict (reference modeling_gpt2_cocomix.py:1358)
+            x = self.head(self.norm(x))
+        return x, concept_logits_BTC
 
 
 def assemble(config: Config) -> GPT2:
@@ -119,26 +130,24 @@ def assemble(config: Config) -> GPT2:
     return GPT2(config.model, concept, method.insertion_layer)
 
 
-def build_model(config: Config) -> GPT2:
-    """The student of a config, on the CPU in fp32, with weights from `training.seed`."""
-    model = assemble(config)
-    initialise(model, config.training.seed)
-    return model
+def initial_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> torch.Tensor:
+    """GPT-2's initialisation of one parameter, fp32 on the CPU: N(0, 0.02), residual projections narrower by
+    √(2·layers), biases 0, LayerNorm 1.
+
+    Each parameter draws from a generator of its own, seeded by (seed, name): its values depend on no other parameter.
+    """
+    if len(shape) == 1:
+        is_gain = "norm" in name and name.endswith(".weight")
+        return torch.ones(shape) if is_gain else torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    is_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+    std = INIT_STD / math.sqrt(2 * num_layers) if is_residual else INIT_STD
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()
 def initialise(model: GPT2, seed: int) -> None:
-    """GPT-2's initialisation: N(0, 0.02), residual projections narrower by √(2·layers), biases 0, LayerNorm 1.
-
-    Each parameter draws from a generator of its own, seeded by (seed, name): its values depend on no other parameter.
-    """
-    residual_std = INIT_STD / math.sqrt(2 * len(model.blocks))
+    """Set all parameters of a whole model to their initial values."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            is_gain = "norm" in name and name.endswith(".weight")
-            parameter.fill_(1.0 if is_gain else 0.0)
-            continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        is_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-        parameter.normal_(0.0, residual_std if is_residual else INIT_STD, generator=generator)
+        parameter.copy_(initial_value(name, parameter.shape, seed, len(model.blocks)))
