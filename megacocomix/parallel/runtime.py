@@ -18,7 +18,7 @@ from megacocomix.errors import UserError
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among the `world` processes of the job; all of them are data ranks."""
+    """This process among the `world` processes of the job."""
 
     rank: int
     world: int
@@ -85,6 +85,6 @@ def stop_runtime() -> None:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout for one step on one rank. A pure function, so a resumed run needs no stored generator state; dropout
-    masks depend on the number of ranks, everything else that is random does not."""
+    masks depend on the layout, everything else that is random does not."""
     value = random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
     torch.manual_seed(value)

@@ -1,0 +1,101 @@
+"""Who computes what: processes as a grid of pipeline × data × tensor ranks, and the groups they talk in.
+
+Tensor ranks are neighbours (they talk most, and should share a node), then data ranks, then pipeline stages:
+rank = (pipeline_rank × data + data_rank) × tensor + tensor_rank.
+"""
+
+import torch
+import torch.distributed as dist
+
+from megacocomix.parallel.runtime import Runtime
+
+
+class Grid:
+    """This process's place in the grid. Also the `mpu` that DeepSpeed asks for its groups."""
+
+    def __init__(self, runtime: Runtime, tensor: int = 1, pipeline: int = 1):
+        assert not grid_problem(runtime.world, tensor, pipeline)
+        self.runtime, self.device = runtime, runtime.device
+        self.tensor, self.pipeline, self.data = tensor, pipeline, runtime.world // (tensor * pipeline)
+        self.model = tensor * pipeline
+        ranks_PDT = torch.arange(runtime.world).view(pipeline, self.data, tensor)
+        self.tensor_rank = runtime.rank % tensor
+        self.data_rank = runtime.rank // tensor % self.data
+        self.pipeline_rank = runtime.rank // (tensor * self.data)
+        self.tensor_group = self._join(ranks_PDT.reshape(-1, tensor))
+        self.data_group = self._join(ranks_PDT.transpose(1, 2).reshape(-1, self.data))
+        self.pipeline_group = self._join(ranks_PDT.permute(1, 2, 0).reshape(-1, pipeline))
+        # All that holds one copy of the model, and sees the same samples.
+        self.model_group = self._join(ranks_PDT.transpose(0, 1).reshape(self.data, -1))
+        # The first and the last stage hold the tied embedding.
+        self.tied_group = self._join(ranks_PDT[[0, -1]].permute(1, 2, 0).reshape(-1, 2)) if pipeline > 1 else None
+
+    @property
+    def model_rank(self) -> int:
+        """Place in the model group, unique over pipeline and tensor ranks."""
+        return self.pipeline_rank * self.tensor + self.tensor_rank
+
+    def pipeline_peer(self, pipeline_rank: int) -> int:
+        """The global rank of another stage's process with this data and tensor rank."""
+        return (pipeline_rank * self.data + self.data_rank) * self.tensor + self.tensor_rank
+
+    def _join(self, groups) -> dist.ProcessGroup | None:
+        """Make all of these groups, in the same order on every rank, and return the one that this rank is in."""
+        mine = None
+        for ranks in groups.tolist():
+            group = dist.new_group(ranks)
+            if self.runtime.rank in ranks:
+                mine = group
+        return mine
+
+    # What DeepSpeed calls, by the names of Megatron's mpu.
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.data
+
+    def get_data_parallel_rank(self) -> int:
+        return self.data_rank
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.model_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.model
+
+    def get_model_parallel_rank(self) -> int:
+        return self.model_rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor_group
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.tensor
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.tensor_rank
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.pipeline_group
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.pipeline
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self.pipeline_rank
+
+
+def grid_problem(world: int, tensor: int, pipeline: int) -> str | None:
+    """Why `world` processes cannot be laid out so, with the nearest layout that they can; None where they can."""
+    if world % (tensor * pipeline) == 0:
+        return None
+    degrees = [(t, p) for t in range(1, world + 1) for p in range(1, world // t + 1) if world % (t * p) == 0]
+    near_t, near_p = min(degrees, key=lambda tp: (abs(tp[0] - tensor) + abs(tp[1] - pipeline), tp))
+    return (
+        f"parallel.tensor {tensor} × parallel.pipeline {pipeline} = {tensor * pipeline} does not divide the {world} "
+        f"process{'es' * (world > 1)}: pipeline × data × tensor must be their number. Nearest valid: "
+        f"tensor {near_t} × pipeline {near_p} × data {world // (near_t * near_p)}, or start {tensor * pipeline} "
+        f"processes (deepspeed --num_accelerators {tensor * pipeline}, torchrun --nproc-per-node {tensor * pipeline})."
+    )

@@ -1,0 +1,141 @@
+"""Splitting by the table: cutting and joining, padding, and what the concept head sends."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tiny
+from megacocomix.config import ModelConfig
+from megacocomix.model.concept import Compress, ConceptMixer, KeepLargest
+from megacocomix.model.gpt2 import GPT2, initialise
+from megacocomix.model.losses import MASKED, label_cross_entropy
+from megacocomix.parallel.layers import CompressRows, KeepLargestOfAll, Piece, TensorRanks
+from megacocomix.parallel.runtime import start_runtime, stop_runtime
+from megacocomix.parallel.tensor import cut, join, piece_of, split_dim
+from processes import run_processes
+
+TOKENS, WIDTH, KEPT = 16, 8, 5
+
+
+def small_model():
+    model = GPT2(ModelConfig(**tiny.SHAPE, dropout=0.0), ConceptMixer(32, tiny.LATENTS, 4), insertion_layer=1)
+    initialise(model, 0)
+    return model
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_what_is_cut_joins_to_what_it_was(size):
+    cut_names = set()
+    for name, parameter in small_model().named_parameters():
+        pieces = [cut(name, parameter.detach(), size, rank) for rank in range(size)]
+        assert len({piece.shape for piece in pieces}) == 1
+        assert torch.equal(join(name, pieces, parameter.shape), parameter)
+        if split_dim(name) is not None:
+            cut_names.add(name)
+            assert pieces[0].shape != parameter.shape
+    whole = {name for name, _ in small_model().named_parameters()} - cut_names
+    assert {name.rpartition(".")[0].removeprefix("blocks.0.") for name in whole if "blocks.1" not in name} >= {
+        "norm", "norm_1", "norm_2", "attention.out", "mlp.down", "embed.positions", "concept", "concept.compress",
+    }  # fmt: skip
+    assert len([name for name in cut_names if ".0." in name]) == 6  # qkv, up: weight and bias; out, down: weight
+
+
+@pytest.mark.parametrize(("whole", "size"), [(97, 2), (97, 4), (97, 8), (62, 4), (50257, 8), (9, 8)])
+def test_padded_pieces_differ_by_one_row_and_store_a_multiple_of_8(whole, size):
+    pieces = [Piece.of(whole, size, rank, padded=True) for rank in range(size)]
+    assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
+    assert (pieces[0].start, pieces[-1].stop) == (0, whole)
+    assert max(piece.owned for piece in pieces) - min(piece.owned for piece in pieces) <= 1
+    assert {piece.stored % 8 for piece in pieces} == {0}
+
+
+def test_heads_are_cut_as_wholes():
+    rows = piece_of("blocks.0.attention.qkv.weight", torch.Size([96, 32]), 4, 1)
+    assert (rows.start, rows.stop, rows.stored) == (24, 48, 24)  # head 1 of 4: its 8 rows each of q, k and v
+
+
+class Bytes:
+    """Counts what the collectives of a process put into its memory."""
+
+    def __init__(self):
+        self.received = 0
+        self.originals = {}
+
+    def __enter__(self):
+        for name, argument in (("all_gather_into_tensor", 0), ("all_reduce", 0), ("reduce_scatter_tensor", 0)):
+            self.originals[name] = getattr(dist, name)
+            setattr(dist, name, self._counted(self.originals[name], argument))
+        return self
+
+    def __exit__(self, *error):
+        for name, original in self.originals.items():
+            setattr(dist, name, original)
+
+    def _counted(self, function, argument):
+        def counted(*arguments, **options):
+            tensor = arguments[argument]
+            self.received += tensor.numel() * tensor.element_size()
+            return function(*arguments, **options)
+
+        return counted
+
+
+def split_head(logits, weight, bias, labels, sequence):
+    """Top-k, compression and loss over the tensor ranks of this job, forward and backward."""
+    runtime = start_runtime()
+    size, rank = runtime.world, runtime.rank
+    ranks = TensorRanks(dist.group.WORLD, rank, size, sequence=sequence)
+    piece = Piece.of(len(weight), size, rank, padded=True)
+    plain = Compress(*weight.shape)
+    plain.weight = torch.nn.Parameter(cut("concept.compress.weight", weight, size, rank))
+    plain.bias = torch.nn.Parameter(bias)
+    keep, compress = KeepLargestOfAll(KEPT, ranks, piece), CompressRows(plain, ranks, piece)
+    own = logits[..., piece.start : piece.stop].clone().requires_grad_()
+    with Bytes() as forward:
+        vector = compress(*keep(own))
+    with Bytes() as backward:
+        vector.square().sum().backward()
+    whole = ranks.gather_positions(vector.detach()) if sequence else vector.detach()
+    results = {"vector": whole, "grad": own.grad, "weight_grad": plain.weight.grad[: piece.owned]}
+    own = logits[..., piece.start : piece.stop].clone().requires_grad_()
+    loss = label_cross_entropy(own, labels, piece.start, ranks.join_losses)
+    loss.backward()
+    results |= {"loss": loss.detach(), "loss_grad": own.grad}
+    stop_runtime()
+    return {name: value.numpy() for name, value in results.items()}, forward.received, backward.received
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_split_concept_head_is_exact_and_sends_k_candidates_a_rank_and_one_vector(size, sequence):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, TOKENS // 2, tiny.LATENTS, generator=generator)
+    weight, bias = torch.randn(tiny.LATENTS, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
+    labels = torch.randint(tiny.LATENTS, (2, TOKENS // 2, 4), generator=generator)
+    labels[0, 3] = MASKED
+
+    whole = logits.clone().requires_grad_()
+    compress = Compress(tiny.LATENTS, WIDTH)
+    compress.weight, compress.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    vector = compress(*KeepLargest(KEPT)(whole))
+    vector.square().sum().backward()
+    loss_logits = logits.clone().requires_grad_()
+    loss = label_cross_entropy(loss_logits, labels)
+    loss.backward()
+
+    ranks = run_processes(size, split_head, logits, weight, bias, labels, sequence)
+    found = [{name: torch.from_numpy(value) for name, value in results.items()} for results, _, _ in ranks]
+    for results in found:
+        torch.testing.assert_close(results["vector"], vector.detach())
+        torch.testing.assert_close(results["loss"], loss.detach())
+    for name, expected, dim in (
+        ("grad", whole.grad, -1),
+        ("weight_grad", compress.weight.grad, 0),
+        ("loss_grad", loss_logits.grad, -1),
+    ):
+        torch.testing.assert_close(torch.cat([results[name] for results in found], dim), expected)
+    for _, forward, backward in ranks:
+        vector_bytes = WIDTH * 4
+        assert forward == TOKENS * (KEPT * size * (4 + 4) + (vector_bytes / size if sequence else vector_bytes))
+        assert backward == (TOKENS * vector_bytes if sequence else 0)
