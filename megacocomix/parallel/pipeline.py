@@ -1,0 +1,188 @@
+"""The pipeline: which rank computes what when (1F1B, interleaved 1F1B, forward only), and the messages between stages.
+
+All ranks derive the same plan of rounds. In a round a rank runs at most one forward or backward pass of one stage, and
+after it all that was computed is on its way: what one rank sends another one receives in the same round, so that
+messages always meet in order, on any backend. The schedule knows nothing of the engine but two calls.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megacocomix.parallel.grid import Grid
+
+
+class MicroBatch(NamedTuple):
+    """One micro-batch, on every stage: each takes what it needs."""
+
+    tokens_BT: Tensor
+    targets_BT1: Tensor
+    labels_BTk: Tensor | None
+
+
+class Pass(NamedTuple):
+    """One forward or backward pass of one micro-batch through one stage."""
+
+    is_forward: bool
+    stage: int
+    micro: int
+
+
+def rank_order(rank: int, pipeline: int, per_rank: int, num_micro: int) -> list[Pass]:
+    """The passes of one rank, in order. Stage s lives on rank s mod pipeline.
+
+    1F1B: enough forward passes to fill the pipeline behind this rank, then one backward pass after each forward. With
+    several stages a rank, micro-batches go through the first stages of all ranks in groups of `pipeline`, then through
+    the second ones and so on (interleaved 1F1B; Narayanan et al. 2021, §2.2): num_micro must be a multiple of pipeline.
+    """
+    assert per_rank == 1 or num_micro % pipeline == 0
+    total = num_micro * per_rank
+
+    def unit(index: int, is_forward: bool) -> Pass:
+        group, within = divmod(index, pipeline * per_rank)
+        chunk, micro = divmod(within, pipeline)
+        chunk = chunk if is_forward else per_rank - 1 - chunk
+        return Pass(is_forward, chunk * pipeline + rank, group * pipeline + micro)
+
+    if per_rank == 1:  # any number of micro-batches, in order
+        forward = [Pass(True, rank, micro) for micro in range(num_micro)]
+        backward = [Pass(False, rank, micro) for micro in range(num_micro)]
+        num_ahead = pipeline - 1 - rank
+    else:
+        forward = [unit(index, True) for index in range(total)]
+        backward = [unit(index, False) for index in range(total)]
+        num_ahead = 2 * (pipeline - 1 - rank) + (per_rank - 1) * pipeline
+    num_ahead = min(num_ahead, total)
+    order = forward[:num_ahead]
+    for ahead, behind in zip(forward[num_ahead:], backward, strict=False):
+        order += [ahead, behind]
+    return order + backward[total - num_ahead :]
+
+
+def plan_rounds(orders: list[list[Pass]], num_stages: int) -> list[list[Pass | None]]:
+    """Rounds of at most one pass a rank, each as early as its order and its inputs, which take one round, allow."""
+    done: set[Pass] = set()
+    waiting = [list(reversed(order)) for order in orders]
+    rounds = []
+    while any(waiting):
+        now = [order[-1] if order and _inputs(order[-1], num_stages) <= done else None for order in waiting]
+        assert any(now), "no rank can go on"
+        for order, step in zip(waiting, now, strict=True):
+            if step:
+                order.pop()
+        done |= {step for step in now if step}
+        rounds.append(now)
+    return rounds
+
+
+def _inputs(step: Pass, num_stages: int) -> set[Pass]:
+    if step.is_forward:
+        return {Pass(True, step.stage - 1, step.micro)} if step.stage else set()
+    needed = {Pass(True, step.stage, step.micro)}
+    if step.stage < num_stages - 1:
+        needed.add(Pass(False, step.stage + 1, step.micro))
+    return needed
+
+
+class Pipeline:
+    """The stages of all ranks as one model: runs a step's forward and backward passes, or forward passes alone."""
+
+    def __init__(self, grid: Grid, num_stages: int, input_shape: Callable[[int], tuple], dtype: torch.dtype):
+        """`input_shape(stage)` is the shape of the hidden state that a stage receives on this rank."""
+        self.grid, self.num_stages, self.dtype = grid, num_stages, dtype
+        self.input_shape = functools.cache(input_shape)
+        # NCCL wants a group's first exchange to be one of all its ranks.
+        dist.all_reduce(torch.zeros(1, device=grid.device), group=grid.pipeline_group)
+
+    def train(self, forward: Callable, before_backward: Callable[[], None], batches: list[MicroBatch]) -> None:
+        """Forward and backward of every micro-batch. `forward(stage, x, targets, labels)` returns the next stage's
+        input, or the last stage's loss; `before_backward()` is called right before every backward pass."""
+        pipeline = self.grid.pipeline
+        orders = [rank_order(rank, pipeline, self.num_stages // pipeline, len(batches)) for rank in range(pipeline)]
+        graphs = {}
+
+        def run(step: Pass, received: Tensor | None) -> Tensor | None:
+            if step.is_forward:
+                if received is not None:
+                    received.requires_grad_()
+                y = self._forward(forward, step, received, batches)
+                graphs[step.stage, step.micro] = received, y
+                return y.detach()
+            x, y = graphs.pop((step.stage, step.micro))
+            before_backward()
+            torch.autograd.backward(y, received)
+            return x.grad if x is not None else None
+
+        self._run(orders, run)
+
+    @torch.no_grad()
+    def evaluate(self, forward: Callable, batches: list[MicroBatch]) -> None:
+        """Forward passes alone, of any number of micro-batches."""
+        orders = [
+            [Pass(True, stage, micro) for stage in range(rank, self.num_stages, self.grid.pipeline) for micro in micros]
+            for rank, micros in enumerate([range(len(batches))] * self.grid.pipeline)
+        ]
+        self._run(orders, lambda step, received: self._forward(forward, step, received, batches))
+
+    @staticmethod
+    def _forward(forward: Callable, step: Pass, received: Tensor | None, batches: list[MicroBatch]) -> Tensor:
+        tokens_BT, targets_BT1, labels_BTk = batches[step.micro]
+        return forward(step.stage, tokens_BT if received is None else received, targets_BT1, labels_BTk)
+
+    def _run(self, orders: list[list[Pass]], run: Callable[[Pass, Tensor | None], Tensor | None]) -> None:
+        arriving: dict[Pass, tuple] = {}
+        sending = []
+        for steps in plan_rounds(orders, self.num_stages):
+            result = None
+            if step := steps[self.grid.pipeline_rank]:
+                tensor, work = arriving.pop(step, (None, None))
+                if work:
+                    work.wait()
+                result = run(step, tensor)
+            messages, goals = self._messages(steps, result)
+            works = dist.batch_isend_irecv(messages) if messages else []
+            works = works if len(works) == len(messages) else works * len(messages)  # NCCL: one work for all
+            sending = [(tensor, work) for tensor, work in sending if not work.is_completed()]
+            for message, goal, work in zip(messages, goals, works, strict=True):
+                if goal:
+                    arriving[goal] = message.tensor, work
+                else:  # must live until it is sent
+                    sending.append((message.tensor, work))
+        for _, work in sending:
+            work.wait()
+
+    def _messages(self, steps: list[Pass | None], result: Tensor | None) -> tuple[list, list]:
+        """What this rank sends and receives after a round, and for what it receives the pass that wants it. In the
+        order of the senders: so two ranks that send each other something agree on which message is the first."""
+        grid, messages, goals = self.grid, [], []
+        for sender, step in enumerate(steps):
+            goal = _next_pass(step, self.num_stages) if step else None
+            if goal is None:
+                continue
+            receiver = goal.stage % grid.pipeline
+            if sender == grid.pipeline_rank:
+                peer = grid.pipeline_peer(receiver)
+                messages.append(dist.P2POp(dist.isend, result.contiguous(), peer, grid.pipeline_group))
+                goals.append(None)
+            elif receiver == grid.pipeline_rank:
+                shape = self.input_shape(goal.stage if goal.is_forward else goal.stage + 1)
+                buffer = torch.empty(shape, dtype=self.dtype, device=grid.device)
+                messages.append(dist.P2POp(dist.irecv, buffer, grid.pipeline_peer(sender), grid.pipeline_group))
+                goals.append(goal)
+        return messages, goals
+
+
+def _next_pass(step: Pass, num_stages: int) -> Pass | None:
+    """The pass that takes what `step` returns; None at the model's ends."""
+    stage = step.stage + (1 if step.is_forward else -1)
+    return step._replace(stage=stage) if 0 <= stage < num_stages else None
+
+
+def bubble_fraction(pipeline: int, per_rank: int, num_micro: int) -> float:
+    """Share of a step in which a rank waits, with stages of equal cost."""
+    idle = (pipeline - 1) / per_rank
+    return idle / (idle + num_micro)
