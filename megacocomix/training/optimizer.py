@@ -8,16 +8,14 @@ from torch import nn
 from megacocomix.config import OptimizerConfig
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay is for matrices: it spares biases, LayerNorm and pre_bias, all of which have one dimension."""
-    return parameter.dim() > 1
+def parameter_groups(named: list[tuple[str, int, nn.Parameter]], config: OptimizerConfig) -> list[dict]:
+    """AdamW's two groups, with and without weight decay, from (name, number of dims, parameter).
 
-
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
-    """AdamW's two groups, with and without weight decay; with decay: all (the reference, trainer.py:86-93) just one."""
-    named = list(model.named_parameters())
-    decayed = [p for name, p in named if config.decay == "all" or decays(name, p)]
-    spared = [p for name, p in named if not (config.decay == "all" or decays(name, p))]
+    Weight decay is for matrices: it spares biases, LayerNorm and pre_bias, all of which have one dim; with decay: all
+    (the reference, trainer.py:86-93) it spares nothing.
+    """
+    decayed = [parameter for _, dims, parameter in named if config.decay == "all" or dims > 1]
+    spared = [parameter for _, dims, parameter in named if not (config.decay == "all" or dims > 1)]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": spared, "weight_decay": 0.0},
@@ -25,10 +23,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the model's parameters; its learning rate is 0 until `set_learning_rate`."""
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(parameter_groups(model, config), lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
+def build_optimizer(named: list[tuple[str, int, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over (name, number of dims, parameter); its learning rate is 0 until `set_learning_rate`."""
+    fused = named[0][2].is_cuda
+    return torch.optim.AdamW(parameter_groups(named, config), lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
