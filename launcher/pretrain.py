@@ -34,7 +34,10 @@ def main() -> int:
     config = load_config(options.config, options.overrides)
 
     from megacocomix.parallel.runtime import start_runtime, stop_runtime
+    from megacocomix.validate import check_config
 
+    # Before the processes meet, which takes its time and may fail for another reason.
+    check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
     runtime = start_runtime()
     from megacocomix.training.trainer import train
 

@@ -131,24 +131,43 @@ class TrainingConfig(Section):
     global_batch: Positive
     """Sequences a step over all ranks and accumulated micro-batches."""
     micro_batch: Positive
-    """Sequences one rank holds at a time. global_batch must be a multiple of micro_batch × data ranks."""
+    """Sequences one data rank runs at a time. global_batch must be a multiple of micro_batch × data ranks."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 keeps fp32 master weights and reduces gradients in fp32."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation checkpointing: full recomputes each block in the backward pass."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing: selective recomputes each block's attention in the backward pass, full the whole
+    block."""
     seed: NonNegative = 22
     """Seeds weights, sample order and dropout."""
 
 
 class ParallelConfig(Section):
-    """How the model is spread over the processes."""
+    """How the model is spread over the processes: pipeline × data × tensor ranks, data = processes / (tensor ×
+    pipeline). docs/parallelism.md says what to choose."""
 
     tensor: Positive = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks: heads, MLP columns, words and concepts are split among them."""
+    sequence: bool | None = None
+    """Sequence parallelism: tensor ranks also split the positions of LayerNorm, dropout and residual stream. null means
+    true where tensor > 1."""
     pipeline: Positive = 1
-    """Pipeline stages."""
+    """Pipeline ranks: the blocks are split among them. Gradient accumulation makes their micro-batches."""
+    stages_per_rank: Positive = 1
+    """Pipeline stages a rank; more than 1 interleaves them (interleaved 1F1B): a smaller bubble for more messages."""
+    cuts: list[Positive] | None = None
+    """First block of each pipeline stage but the first. null means cut by FLOPs."""
     zero: Literal[0, 1, 2, 3] = 3
     """DeepSpeed ZeRO stage over the data ranks: 1 shards optimizer states, 2 gradients too, 3 parameters too."""
+    gather: Literal["per_microbatch", "per_step"] | None = None
+    """With zero 3, how long gathered weights stay: until a module has run, or until the step ends (less communication,
+    the stage's low-precision weights stay in memory). null means per_step under a pipeline, else per_microbatch."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory and update the weights there (DeepSpeed's ZeRO-Offload)."""
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return self.pipeline * self.stages_per_rank
 
 
 class CheckpointConfig(Section):
@@ -296,8 +315,15 @@ def _resolve_defaults(config: Config) -> Config:
         value = getattr(section, field)
         return section if value is not None else section.model_copy(update={field: theirs if reference else ours})
 
+    parallel = config.parallel
+    if parallel.sequence is None:
+        parallel = parallel.model_copy(update={"sequence": parallel.tensor > 1})
+    if parallel.gather is None:
+        gather = "per_step" if parallel.pipeline > 1 and parallel.zero == 3 else "per_microbatch"
+        parallel = parallel.model_copy(update={"gather": gather})
     return config.model_copy(
         update={
+            "parallel": parallel,
             "model": fill(config.model, "dropout", 0.0, 0.1),
             "method": fill(config.method, "mask_unlabelled", True, False),
             "optimizer": fill(config.optimizer, "decay", "matrices", "all"),

@@ -10,6 +10,8 @@ from megacocomix.config import Config
 from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
+from megacocomix.parallel.grid import grid_problem
+from megacocomix.parallel.pipeline import bubble_fraction
 from megacocomix.teacher.labels import ConceptLabeler, open_labeler
 
 
@@ -77,11 +79,9 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
 def _problems(config: Config, world: int):
     model, method, optimizer, training = config.model, config.method, config.optimizer, config.training
     if model.hidden_size % model.num_heads:
-        valid = [heads for heads in range(1, model.hidden_size + 1) if model.hidden_size % heads == 0]
-        nearest = min(valid, key=lambda heads: abs(heads - model.num_heads))
         yield (
             f"model.num_heads {model.num_heads} does not divide hidden_size {model.hidden_size}. "
-            f"Nearest valid: {nearest}."
+            f"Nearest valid: {_nearest_divisor(model.hidden_size, model.num_heads)}."
         )
     if config.concepts:
         if method.insertion_layer >= model.num_layers:
@@ -102,18 +102,110 @@ def _problems(config: Config, world: int):
         yield f"training.stop_after {training.stop_after} exceeds training.steps. Nearest valid: {training.steps}."
     if config.logging.tensorboard and not find_spec("tensorboard"):
         yield "logging.tensorboard needs the package tensorboard: pip install 'megacocomix[tensorboard]'."
-    for axis in ("tensor", "pipeline"):
-        if (degree := getattr(config.parallel, axis)) != 1:
-            yield f"parallel.{axis} {degree}: models are sharded by ZeRO over the data ranks only. Nearest valid: 1."
-    unit = training.micro_batch * world
+    yield from _layout_problems(config, world)
+
+
+def _layout_problems(config: Config, world: int):
+    """What the layout asks of sizes. Everything is said at once, so each rule holds on its own."""
+    model, training, parallel = config.model, config.training, config.parallel
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    if problem := grid_problem(world, tensor, pipeline):
+        yield problem
+    data = max(1, world // (tensor * pipeline))
+    unit = training.micro_batch * data
     if training.global_batch % unit:
-        nearest = max(unit, round(training.global_batch / unit) * unit)
         yield (
             f"training.global_batch {training.global_batch} is not a multiple of micro_batch {training.micro_batch} "
-            f"× {world} processes. Nearest valid: {nearest}."
+            f"× {data} data ranks. Nearest valid: {_nearest_multiple(training.global_batch, unit)}."
         )
-    if config.parallel.zero == 0 and training.precision == "bf16":
+    if model.num_heads % tensor:
+        yield (
+            f"parallel.tensor {tensor} does not divide model.num_heads {model.num_heads}. "
+            f"Nearest valid: {_nearest_divisor(model.num_heads, tensor)}."
+        )
+    if tensor > 1 and parallel.sequence and model.context % tensor:
+        yield (
+            f"parallel.tensor {tensor} does not divide model.context {model.context}, whose positions it splits. "
+            f"Nearest valid: model.context={_nearest_multiple(model.context, tensor)}, or parallel.sequence=false."
+        )
+    if tensor == 1 and parallel.sequence:
+        yield "parallel.sequence splits positions among tensor ranks, but parallel.tensor is 1. Use false."
+    splits = [("model.vocab_size", model.vocab_size)]
+    if config.concepts:
+        splits.append(("method.num_concepts", config.method.num_concepts))
+    for option, size in splits:
+        if size < tensor:
+            yield f"{option} {size} is below parallel.tensor {tensor}. Nearest valid: parallel.tensor={size}."
+    if tensor > 1 and not parallel.sequence and model.dropout:
+        yield (
+            f"parallel.sequence false under parallel.tensor {tensor} would drop other values on each rank "
+            f"(model.dropout {model.dropout}). Use parallel.sequence=true or model.dropout=0."
+        )
+    yield from _stage_problems(config, unit)
+    if parallel.zero == 0 and training.precision == "bf16":
         yield "parallel.zero 0 under training.precision bf16 would reduce gradients in bf16. Use parallel.zero=1."
+    if parallel.zero == 2 and pipeline > 1:
+        yield (
+            "parallel.zero 2 under a pipeline would cut the two copies of the tied embedding's gradient at different "
+            "places. Use parallel.zero=3 with parallel.gather=per_step, or parallel.zero=1."
+        )
+    if parallel.zero < 3 and parallel.gather == "per_step":
+        yield f"parallel.gather per_step is for parallel.zero 3; zero {parallel.zero} never gathers weights. Use null."
+    if parallel.zero == 0 and parallel.offload_optimizer:
+        yield "parallel.offload_optimizer needs sharded optimizer states. Use parallel.zero=1, 2 or 3."
+
+
+def _stage_problems(config: Config, unit: int):
+    model, training, parallel = config.model, config.training, config.parallel
+    num_stages = parallel.num_stages
+    if parallel.stages_per_rank > 1 and parallel.pipeline == 1:
+        yield "parallel.stages_per_rank interleaves a pipeline's stages, but parallel.pipeline is 1. Use 1."
+    elif num_stages > model.num_layers:
+        nearest = max(1, model.num_layers // parallel.stages_per_rank)
+        yield (
+            f"parallel.pipeline {parallel.pipeline} × stages_per_rank {parallel.stages_per_rank} = {num_stages} "
+            f"stages, but model.num_layers is {model.num_layers}. Nearest valid: parallel.pipeline={nearest}."
+        )
+    cuts = parallel.cuts
+    if cuts and num_stages == 1:
+        yield f"parallel.cuts {cuts} cut a pipeline into stages, but parallel.pipeline is 1. Use null."
+    elif cuts is not None and (
+        len(cuts) != num_stages - 1 or sorted(set(cuts)) != cuts or cuts[-1:] >= [model.num_layers]
+    ):
+        yield (
+            f"parallel.cuts {cuts} must be the {num_stages - 1} first blocks of stages 1 to {num_stages - 1}, rising, "
+            f"each below model.num_layers {model.num_layers}. Nearest valid: null (cut by FLOPs)."
+        )
+    micro_batches = max(1, training.global_batch // unit)
+    if parallel.stages_per_rank > 1 and micro_batches % parallel.pipeline:
+        nearest = _nearest_multiple(micro_batches, parallel.pipeline) * unit
+        yield (
+            f"parallel.stages_per_rank {parallel.stages_per_rank} needs micro-batches in multiples of "
+            f"parallel.pipeline {parallel.pipeline}, but a step has {micro_batches}. "
+            f"Nearest valid: training.global_batch={nearest}."
+        )
+
+
+def layout_warnings(config: Config, world: int):
+    """What runs, but wastes: lines to print at the start of a run."""
+    training, parallel = config.training, config.parallel
+    data = world // (parallel.tensor * parallel.pipeline)
+    micro_batches = training.global_batch // (training.micro_batch * data)
+    if micro_batches < parallel.num_stages > 1:
+        bubble = bubble_fraction(parallel.pipeline, parallel.stages_per_rank, micro_batches)
+        yield (
+            f"a step has {micro_batches} micro-batches for {parallel.num_stages} pipeline stages: each rank waits "
+            f"{bubble:.0%} of the time. Raise training.global_batch, or lower training.micro_batch."
+        )
+
+
+def _nearest_multiple(value: int, unit: int) -> int:
+    return max(unit, round(value / unit) * unit)
+
+
+def _nearest_divisor(whole: int, value: int) -> int:
+    valid = [divisor for divisor in range(1, whole + 1) if whole % divisor == 0]
+    return min(valid, key=lambda divisor: abs(divisor - value))
 
 
 def _data_misfits(what: str, shards: TokenShards, tokenizer, config: Config):

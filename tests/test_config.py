@@ -4,9 +4,9 @@ import pytest
 
 from megacocomix.config import Config, build_config, dump_config, load_config, parse_yaml, section_type
 from megacocomix.errors import UserError
-from megacocomix.training.flops import activated_parameters, student_flops
+from megacocomix.model.flops import activated_parameters, student_flops
 from megacocomix.training.optimizer import learning_rate
-from megacocomix.validate import check_config
+from megacocomix.validate import check_config, layout_warnings
 
 # The paper's appendix A: layers, width, control's width, insertion, lr, warm-up, steps, sequences a step.
 PAPER = {
@@ -28,9 +28,9 @@ def recipe(tmp_path, root):
     return write
 
 
-def problems(path, *overrides):
+def problems(path, *overrides, world=2):
     with pytest.raises(UserError) as caught:
-        check_config(load_config(path, list(overrides)), world=2)
+        check_config(load_config(path, list(overrides)), world)
     return caught.value.problems
 
 
@@ -129,8 +129,6 @@ def test_values_are_not_coerced_silently(recipe):
         ("optimizer.min_lr=1", "Nearest valid: 0.003"),
         ("optimizer.warmup_steps=9999", "warmup_steps"),
         ("training.stop_after=9999", "stop_after"),
-        ("parallel.tensor=2", "Nearest valid: 1"),
-        ("parallel.pipeline=2", "Nearest valid: 1"),
         ("training.global_batch=17", "Nearest valid: 16"),
         ("training.micro_batch=32", "Nearest valid: 64"),
     ],
@@ -141,8 +139,58 @@ def test_rules_across_fields_name_what_would_do(recipe, override, what):
     assert what in found[0]
 
 
-def test_zero_0_in_bf16_is_refused(recipe):
-    assert "parallel.zero=1" in problems(recipe(), "parallel.zero=0", "training.precision=bf16")[0]
+@pytest.mark.parametrize(
+    ("world", "overrides", "what"),
+    [
+        (2, "parallel.zero=0 training.precision=bf16", "Use parallel.zero=1"),
+        (2, "parallel.zero=0 parallel.offload_optimizer=true", "Use parallel.zero=1, 2 or 3"),
+        (2, "parallel.zero=2 parallel.pipeline=2", "Use parallel.zero=3 with parallel.gather=per_step"),
+        (6, "parallel.tensor=4", "Nearest valid: tensor 3 × pipeline 1 × data 2"),
+        (2, "parallel.tensor=2 model.num_heads=1", "does not divide model.num_heads 1. Nearest valid: 1"),
+        (4, "parallel.tensor=4 model.num_heads=2", "Nearest valid: 2"),
+        (4, "parallel.tensor=4 model.context=250", "Nearest valid: model.context=248, or parallel.sequence=false"),
+        (2, "parallel.sequence=true", "Use false"),
+        (4, "parallel.tensor=4 method.num_concepts=3 method.num_kept=2", "Nearest valid: parallel.tensor=3"),
+        (2, "parallel.tensor=2 parallel.sequence=false model.dropout=0.1", "Use parallel.sequence=true"),
+        (8, "parallel.pipeline=8", "8 stages, but model.num_layers is 4. Nearest valid: parallel.pipeline=4"),
+        (4, "parallel.pipeline=4 parallel.stages_per_rank=2 training.micro_batch=2", "valid: parallel.pipeline=2"),
+        (1, "parallel.stages_per_rank=2", "parallel.pipeline is 1. Use 1"),
+        (2, "parallel.pipeline=2 parallel.zero=1 parallel.gather=per_step", "Use null"),
+        (1, "parallel.cuts=[2]", "parallel.pipeline is 1. Use null"),
+        (2, "parallel.pipeline=2 parallel.cuts=[4]", "Nearest valid: null"),
+        (2, "parallel.pipeline=2 parallel.cuts=[1,2]", "Nearest valid: null"),
+        (4, "parallel.pipeline=4 parallel.cuts=[2,1,3]", "Nearest valid: null"),
+        (2, "parallel.pipeline=2 parallel.stages_per_rank=2 training.micro_batch=8", "training.global_batch=16"),
+        (8, "parallel.tensor=2 training.micro_batch=3", "× 4 data ranks. Nearest valid: 12"),
+    ],
+)
+def test_a_layout_that_cannot_run_is_refused_with_one_that_can(recipe, world, overrides, what):
+    found = problems(recipe(), *overrides.split(), world=world)
+    assert len(found) == 1
+    assert what in found[0]
+
+
+def test_all_that_does_not_divide_is_said_at_once(recipe):
+    overrides = "parallel.tensor=3 parallel.pipeline=5 model.context=100 training.micro_batch=7 parallel.cuts=[9]"
+    found = problems(recipe(), *overrides.split(), world=8)
+    assert len(found) == 6
+    for what in ("the 8 processes", "num_heads 4", "model.context 100", "global_batch 8", "5 stages", "parallel.cuts"):
+        assert any(what in line for line in found), what
+
+
+def test_fewer_micro_batches_than_stages_are_warned_of_with_the_bubble(recipe):
+    config = load_config(recipe(), ["parallel.pipeline=4", "training.micro_batch=4"])
+    check_config(config, 4)
+    (warning,) = layout_warnings(config, 4)
+    assert "2 micro-batches for 4 pipeline stages: each rank waits 60%" in warning
+    assert not list(layout_warnings(load_config(recipe(), ["parallel.pipeline=2"]), 2))
+
+
+def test_null_defaults_of_the_layout_follow_it(recipe):
+    parallel = load_config(recipe(), ["parallel.tensor=2", "parallel.pipeline=2"]).parallel
+    assert (parallel.sequence, parallel.gather) == (True, "per_step")
+    parallel = load_config(recipe()).parallel
+    assert (parallel.sequence, parallel.gather) == (False, "per_microbatch")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ The case is read from the file: `python -m pytest tests/test_golden.py --golden 
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from megacocomix.config import build_config
-from megacocomix.model.gpt2 import GPT2, build_model
+from megacocomix.model.gpt2 import GPT2, assemble
 from megacocomix.model.hf_names import load_hf_weights, to_hf
+from megacocomix.model.losses import count_labelled, next_token_targets
+from megacocomix.parallel.stage import LocalStages
 from megacocomix.teacher.attribution import attribute, select_labels
 from megacocomix.teacher.gpt2 import Teacher
 from megacocomix.teacher.sae import TopKSAE
-from megacocomix.training.objective import batch_loss, count_labelled
 from megacocomix.training.optimizer import build_optimizer, set_learning_rate
 
 LOSS_TOLERANCE = 1e-6  # relative
@@ -94,7 +96,7 @@ def sae(golden):
 @pytest.fixture
 def student(golden, config):
     case, tensors = golden
-    model = build_model(config)
+    model = assemble(config)
     load_hf_weights(model, lambda name: tensors[f"student.{name}"], case["s_head"])
     return model
 
@@ -155,25 +157,29 @@ def test_student_logits_and_concept_logits(golden, student):
 
 def test_losses_gradients_and_weights_over_the_steps(golden, config, student):
     case, tensors = golden
-    optimizer = build_optimizer(student, config.optimizer)
+    weights = dict(student.named_parameters())
+    alone = SimpleNamespace(tensor=1, pipeline=1, pipeline_rank=0, data=1, device=torch.device("cpu"))
+    stages = LocalStages(config, alone)
+    stages.set_parameters(lambda name: weights[name].detach(), lambda value: torch.nn.Parameter(value.clone()))
+    named = {name: parameter for name, parameter, _ in stages.named_pieces()}
+    optimizer = build_optimizer([(name, p.dim(), p) for name, p in named.items()], config.optimizer)
     set_learning_rate(optimizer, config.optimizer.lr)
     for step in range(case["steps"]):
         tokens, labels = tensors["input_ids"][step], tensors[f"labels.{step}"]
-        num_targets = tokens.shape[0] * (tokens.shape[1] - 1)
-        loss = batch_loss(
-            *student(tokens), tokens, labels, num_targets, count_labelled(labels), config.method.concept_weight
-        )
+        stages.num_targets, stages.num_labelled = tokens.shape[0] * (tokens.shape[1] - 1), count_labelled(labels)
+        stages.losses.zero_()
         optimizer.zero_grad()
-        loss.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.optimizer.clip)
-        measured = torch.stack((loss.next_token, loss.concept, loss.total.detach(), norm))
+        stages(0, tokens, next_token_targets(tokens), labels).backward()
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip)
+        next_token, concept = stages.losses.float()
+        measured = torch.stack((next_token, concept, next_token + config.method.concept_weight * concept, norm))
         torch.testing.assert_close(measured, tensors[f"loss.{step}"], rtol=LOSS_TOLERANCE, atol=0)
         if step == 0:
-            gradients = ((name, parameter.grad) for name, parameter in student.named_parameters())
+            gradients = ((name, parameter.grad) for name, parameter in named.items())
             for name, gradient in in_hf_layout(gradients, case["s_head"]).items():
                 close(gradient, tensors[f"grad0_clipped.{name}"])
         optimizer.step()
-    for name, weight in in_hf_layout(student.named_parameters(), case["s_head"]).items():
+    for name, weight in in_hf_layout(named.items(), case["s_head"]).items():
         gradient = tensors[f"grad0_clipped.{name}"]
         actual, expected, gradient = (
             without_key_bias(name, tensor) for tensor in (weight, tensors[f"student_after.{name}"], gradient)

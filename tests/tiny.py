@@ -8,7 +8,7 @@ from megacocomix.model.gpt2 import GPT2, initialise
 from megacocomix.model.load import LoadedModel
 from megacocomix.teacher.sae import TopKSAE
 
-VOCAB, CONTEXT, LATENTS = 97, 16, 64
+VOCAB, CONTEXT, LATENTS = 97, 16, 62  # the first and the last divide by no number of tensor ranks, but 62 by 2
 SHAPE = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "context": CONTEXT, "vocab_size": VOCAB}
 
 

@@ -50,6 +50,8 @@ def _type(annotation) -> str:
     if isinstance(annotation, type) and not get_args(annotation):
         return {"str": "text", "int": "integer", "float": "number", "bool": "true/false"}[annotation.__name__]
     parts = get_args(annotation)
+    if getattr(annotation, "__origin__", None) is list:
+        return f"list of {_type(parts[0])}s"
     if getattr(annotation, "__origin__", None) is tuple:
         return "list of " + str(len(parts)) + " numbers"
     if not any(isinstance(part, type) or get_args(part) for part in parts):

@@ -27,7 +27,7 @@ from megacocomix.model.load import (
     list_checkpoints,
     read_checkpoint_manifest,
 )
-from megacocomix.parallel.runtime import Runtime
+from megacocomix.parallel.tensor import cut, join, split_dim
 from megacocomix.parallel.zero import STATES, Engine, Slice
 
 
@@ -43,20 +43,21 @@ class TrainingState:
     seconds: float = 0.0
 
 
-def save_checkpoint(run: Path, engine: Engine, state: TrainingState, about: dict, keep: int, runtime: Runtime) -> Path:
+def save_checkpoint(run: Path, engine: Engine, state: TrainingState, about: dict, keep: int) -> Path:
     """Write checkpoints/step-N of a run, then remove all but the newest `keep`. `about` (config, code version) is
     stored as it is.
 
     Called by all ranks. Raises UserError on every rank when any of them could not write (disk full, permission): what
     was begun is removed and earlier checkpoints stay as they were.
     """
+    runtime = engine.grid.runtime
     final = run / "checkpoints" / f"step-{state.step:08d}"
     partial = final.with_name(f".{final.name}.partial")
     if runtime.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     # Gathering is a collective: it must be over before one rank may fail alone.
-    weights, moments = _gather_own_share(engine, runtime)
+    weights, moments = _gather_own_share(engine)
     files, failure = {}, None
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -91,58 +92,89 @@ def save_checkpoint(run: Path, engine: Engine, state: TrainingState, about: dict
     return final
 
 
-def load_checkpoint(folder: Path, engine: Engine) -> TrainingState:
-    """Set fp32 masters, Adam moments and Adam's step from a checkpoint of any number of ranks. Called by all ranks.
+class StoredTensors:
+    """Reads a checkpoint's tensors one by one: weights as NAME, moments as `exp_avg/NAME`, `exp_avg_sq/NAME`."""
 
-    The low-precision weights are not touched: load them into the model before the engine is built
-    (model.load.load_weights).
+    def __init__(self, folder: Path):
+        self.folder, self._files = folder, contextlib.ExitStack()
+        self.state = TrainingState(**read_checkpoint_manifest(folder)["state"])
+        self._where = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = self._files.enter_context(safe_open(path, "pt"))
+            self._where.update(dict.fromkeys(file.keys(), file))
+
+    def check(self, shapes: dict[str, torch.Size]) -> None:
+        """Raises UserError unless weights and moments of every parameter are there in these shapes."""
+        for name, shape in shapes.items():
+            for key in (_key(state, name) for state in STATES):
+                found = self._where[key].get_slice(key).get_shape() if key in self._where else None
+                if found != list(shape):
+                    raise UserError(
+                        f"{self.folder}: {key} is {'missing' if found is None else f'of shape {found}'}, expected "
+                        f"{list(shape)}. Delete the folder to go on from the checkpoint before it."
+                    )
+
+    def __enter__(self) -> "StoredTensors":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._files.close()
+
+    def read(self, key: str) -> torch.Tensor:
+        """A whole tensor, fp32 on the CPU."""
+        return self._where[key].get_tensor(key)
+
+
+def load_checkpoint(stored: StoredTensors, engine: Engine) -> TrainingState:
+    """Set fp32 masters, Adam moments and Adam's step from a checkpoint of any layout. Called by all ranks.
+
+    The low-precision weights are not touched: the engine must have been built on the stored ones.
     """
-    manifest = read_checkpoint_manifest(folder)
-    where = {}
-    with contextlib.ExitStack() as stack:
-        for name in manifest["files"]:
-            file = stack.enter_context(safe_open(folder / name, "pt"))
-            where.update(dict.fromkeys(file.keys(), file))
-        for state in STATES:
-            for piece in engine.local_slices(state):
-                if not len(piece.values):
-                    continue
-                key = _key(state, piece.name)
-                if key not in where:
-                    raise UserError(f"{folder} lacks {key}. Delete it to go on from the checkpoint before it.")
-                values = where[key].get_tensor(key).view(-1)
+    grid = engine.grid
+    for state in STATES:
+        for piece in engine.local_slices(state):
+            if len(piece.values):
+                whole = stored.read(_key(state, piece.name))
+                values = cut(piece.name, whole, grid.tensor, grid.tensor_rank).view(-1)
                 piece.values.copy_(values[piece.start : piece.start + len(piece.values)])
-    training = TrainingState(**manifest["state"])
-    engine.set_step(training.step)
-    return training
+    engine.set_step(stored.state.step)
+    return stored.state
 
 
 def _key(state: str, name: str) -> str:
     return name if state == "weight" else f"{state}/{name}"
 
 
-def _gather_own_share(engine: Engine, runtime: Runtime) -> tuple[dict, dict]:
-    """Whole parameters and whole moments on the CPU: of all of them those that this rank writes, dealt out by size."""
-    weights, moments = {}, {}
-    load = [0] * runtime.world
+def _gather_own_share(engine: Engine) -> tuple[dict, dict]:
+    """Whole parameters and whole moments on the CPU: of all those of this stage the ones that this rank writes, dealt
+    out by size."""
+    grid, weights, moments = engine.grid, {}, {}
+    load = [0] * (grid.data * grid.tensor)
+    me = grid.data_rank * grid.tensor + grid.tensor_rank
     for state in STATES:
         for piece in engine.local_slices(state):
+            if piece.is_copy:
+                continue
             owner = load.index(min(load))
-            load[owner] += piece.shape.numel()
-            whole = _gather(piece)
-            if owner == runtime.rank:
+            load[owner] += piece.piece.numel()
+            whole = _gather(piece, engine)
+            if owner == me:
                 (weights if state == "weight" else moments)[_key(state, piece.name)] = whole.cpu().clone()
     return weights, moments
 
 
-def _gather(piece: Slice) -> torch.Tensor:
-    """One parameter whole, on every rank."""
-    if piece.is_replicated:
-        return piece.values.view(piece.shape)
-    whole = torch.zeros(piece.shape.numel(), device=piece.values.device)
-    whole[piece.start : piece.start + len(piece.values)] = piece.values
-    dist.all_reduce(whole)
-    return whole.view(piece.shape)
+def _gather(piece: Slice, engine: Engine) -> torch.Tensor:
+    """One parameter whole, on every rank of its stage: first over the data ranks, then over the tensor ranks."""
+    grid, values = engine.grid, piece.values
+    if not piece.is_replicated:
+        values = torch.zeros(piece.piece.numel(), device=piece.values.device)
+        values[piece.start : piece.start + len(piece.values)] = piece.values
+        dist.all_reduce(values, group=grid.data_group)
+    pieces = [values.view(piece.piece)]
+    if grid.tensor > 1 and split_dim(piece.name) is not None:
+        pieces = [torch.empty_like(pieces[0]) for _ in range(grid.tensor)]
+        dist.all_gather(pieces, values.view(piece.piece), group=grid.tensor_group)
+    return join(piece.name, pieces, engine.stages.whole_shapes[piece.name])
 
 
 def _write(path: Path, tensors: dict) -> dict:

@@ -1,11 +1,10 @@
 """Validation loss: mean next-token loss over held-out windows, token-weighted, in eval mode."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from math import ceil, exp, inf
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -13,40 +12,23 @@ from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.files import write_json
 from megacocomix.model.load import load_model
-from megacocomix.model.losses import label_cross_entropy, next_token_targets
+from megacocomix.model.losses import MASKED, label_cross_entropy, next_token_targets
 
 
-@torch.no_grad()
-def validation_loss(
-    forward: Callable[[Tensor], tuple],
-    dataset: TokenDataset,
-    num_sequences: int,
-    micro_batch: int,
-    device: torch.device,
-    rank: int = 0,
-    world: int = 1,
-) -> float:
-    """Mean loss in nats over the first `num_sequences` windows of `dataset`, at most all of them.
+def validation_batches(
+    dataset: TokenDataset, num_sequences: int, batch: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens [B, T] and next-token targets [B, T, 1] of the first `num_sequences` windows, shared among `world` ranks.
 
-    `forward` maps tokens [B, T] to (logits [B, T, V], …); the caller puts its model in eval mode. The windows are
-    shared among `world` ranks; each makes the same number of forward passes, because under ZeRO-3 a forward pass is a
-    collective.
+    All ranks get the same number of batches, all of `batch` windows, because a forward pass may be a collective: where
+    the windows do not suffice, the rest of a batch has no targets.
     """
-    num_sequences = min(num_sequences, dataset.num_windows)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, number of targets
-    for round_index in range(ceil(num_sequences / (micro_batch * world))):
-        start = min((round_index * world + rank) * micro_batch, num_sequences)
-        stop = min(start + micro_batch, num_sequences)
-        has_windows = stop > start
-        tokens_BT = torch.from_numpy(dataset.batch(range(start, stop) if has_windows else range(1))).to(device)
-        logits_BTV = forward(tokens_BT)[0]
-        if has_windows:
-            targets = next_token_targets(tokens_BT)
-            totals[0] += label_cross_entropy(logits_BTV, targets)
-            totals[1] += (targets >= 0).sum()
-    if world > 1:
-        dist.all_reduce(totals)
-    return (totals[0] / totals[1]).item()
+    for start in range(rank * batch, ceil(num_sequences / (batch * world)) * batch * world, batch * world):
+        rows = range(start, start + batch)
+        tokens_BT = torch.from_numpy(dataset.batch([row if row < num_sequences else 0 for row in rows]))
+        targets_BT1 = next_token_targets(tokens_BT)
+        targets_BT1[max(0, num_sequences - start) :] = MASKED
+        yield tokens_BT, targets_BT1
 
 
 def perplexity(loss: float) -> float:
@@ -71,14 +53,13 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
     dataset = TokenDataset(shards, loaded.shape.context, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device).eval()
-    with tqdm(total=dataset.num_windows, unit="window", desc="evaluating", disable=None) as progress:
-
-        def forward(tokens_BT: Tensor) -> tuple:
+    total = 0.0
+    with torch.no_grad(), tqdm(total=dataset.num_windows, unit="window", desc="evaluating", disable=None) as progress:
+        for tokens_BT, targets_BT1 in validation_batches(dataset, dataset.num_windows, batch):
             check_token_ids(tokens_BT, loaded.shape.vocab_size, data)
-            progress.update(len(tokens_BT))
-            return model(tokens_BT)
-
-        loss = validation_loss(forward, dataset, dataset.num_windows, batch, device)
+            total += label_cross_entropy(model(tokens_BT.to(device))[0], targets_BT1.to(device)).item()
+            progress.update(int((targets_BT1[:, 0] != MASKED).sum()))
+    loss = total / (dataset.num_windows * (loaded.shape.context - 1))
     result = {
         "model": str(loaded.path),
         "sha256": loaded.sha256,

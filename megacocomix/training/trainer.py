@@ -7,27 +7,33 @@ import resource
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megacocomix.checkpoint.store import TrainingState, load_checkpoint, save_checkpoint
+from megacocomix.checkpoint.store import StoredTensors, TrainingState, load_checkpoint, save_checkpoint
 from megacocomix.config import Config, dump_config
 from megacocomix.data.tokens import check_token_ids
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
-from megacocomix.evaluation.perplexity import perplexity, validation_loss
-from megacocomix.model.gpt2 import build_model
-from megacocomix.model.load import list_checkpoints, load_weights, read_checkpoint_manifest
+from megacocomix.evaluation.perplexity import perplexity, validation_batches
+from megacocomix.model.flops import student_flops
+from megacocomix.model.gpt2 import initial_value
+from megacocomix.model.load import list_checkpoints, read_checkpoint_manifest
+from megacocomix.model.losses import count_labelled, next_token_targets
+from megacocomix.parallel.grid import Grid
+from megacocomix.parallel.pipeline import MicroBatch, Pipeline
 from megacocomix.parallel.recompute import recompute_blocks
 from megacocomix.parallel.runtime import Runtime, all_or_none, seed_step
+from megacocomix.parallel.stage import LocalStages, hidden_shape
 from megacocomix.parallel.zero import Engine
-from megacocomix.training.flops import device_peak, labelling_flops, student_flops
+from megacocomix.training.flops import device_peak, labelling_flops
 from megacocomix.training.metrics import MetricsLog
-from megacocomix.training.objective import batch_loss, count_labelled
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megacocomix.training.run_folder import check_run_folder, code_version, log_to_file, write_run_folder
-from megacocomix.validate import Inputs, check_config, open_inputs
+from megacocomix.validate import Inputs, check_config, layout_warnings, open_inputs
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +51,7 @@ def train(config: Config, runtime: Runtime) -> int:
         lock = write_run_folder(config, run, {"world": runtime.world, "device": device}) if runtime.is_main else None
     with all_or_none():
         log_to_file(run, runtime.rank)
+    with all_or_none():
         trainer = Trainer(config, runtime, run, inputs)
     try:
         return trainer.fit()
@@ -61,14 +68,11 @@ class Trainer:
         self.config, self.runtime, self.run, self.inputs = config, runtime, run, inputs
         self.identity = inputs.identity()
         self.about = {"config": config.model_dump(mode="json"), "code": code_version(), "inputs": self.identity}
-        model = build_model(config)
-        checkpoint = self._choose_checkpoint()
-        if checkpoint:
-            load_weights(model, checkpoint)
-        recompute_blocks(model, config.training.recompute)
-        model.to(runtime.device)
-        self.engine = Engine(model, build_optimizer(model, config.optimizer), config, runtime)
-        self.state = load_checkpoint(checkpoint, self.engine) if checkpoint else TrainingState()
+        self.grid = Grid(runtime, config.parallel.tensor, config.parallel.pipeline)
+        self.stages = LocalStages(config, self.grid)
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        self.pipeline = Pipeline(self.grid, self.stages.num_stages, partial(hidden_shape, config), dtype)
+        self.engine, self.state = self._build_engine()
         self.metrics = MetricsLog(run, config, self.state.step) if runtime.is_main else None
         self.last_step = config.training.stop_after or config.training.steps
         self.tokens_per_step = config.training.global_batch * config.model.context
@@ -110,6 +114,24 @@ class Trainer:
         if self.metrics:
             self.metrics.close()
 
+    def _build_engine(self) -> tuple[Engine, TrainingState]:
+        """The engine on the newest checkpoint's weights, or on initial ones, and where the run stands."""
+        config, shapes = self.config, self.stages.whole_shapes
+        for part in self.stages.parts.values():
+            recompute_blocks(part, config.training.recompute)
+        build = partial(build_optimizer, config=config.optimizer)
+        checkpoint = self._choose_checkpoint()
+        if checkpoint is None:
+            seed, num_layers = config.training.seed, config.model.num_layers
+            start = lambda name: initial_value(name, shapes[name], seed, num_layers)
+            return Engine(self.stages, start, build, config, self.grid), TrainingState()
+        with all_or_none():
+            stored = StoredTensors(checkpoint)
+            stored.check(shapes)
+        with stored:
+            engine = Engine(self.stages, stored.read, build, config, self.grid)
+            return engine, load_checkpoint(stored, engine)
+
     def _choose_checkpoint(self) -> Path | None:
         """The newest checkpoint, as rank 0 sees the folder: a shared file system may show the others an older state."""
         chosen = [list_checkpoints(self.run)[-1:]]
@@ -130,42 +152,57 @@ class Trainer:
     def _step(self) -> torch.Tensor:
         """One optimizer step. Returns this rank's share of the global mean losses: next-token and concept, on the
         device."""
-        config, state, device = self.config, self.state, self.runtime.device
+        config, state, stages = self.config, self.state, self.stages
         seed_step(config.training.seed, state.step, self.runtime.rank)
         tokens = [self._read(positions) for positions in self._positions()]
-        labels = [None] * len(tokens)
-        num_labelled = None
-        if self.inputs.labeler:
-            labels = [self.inputs.labeler(tokens_BT) for tokens_BT in tokens]
-            num_labelled = sum(count_labelled(labels_BTk) for labels_BTk in labels)
-            dist.all_reduce(num_labelled)
-            num_labelled.clamp_(min=1)
-        num_targets = config.training.global_batch * (config.model.context - 1)
+        labels = self._label(tokens)
+        stages.num_targets = config.training.global_batch * (config.model.context - 1)
+        stages.losses.zero_()
         set_learning_rate(self.engine.optimizer, self._learning_rate(state.step))
-        losses = torch.zeros(2, device=device)
         self.engine.train()
-        for tokens_BT, labels_BTk in zip(tokens, labels, strict=True):
-            loss = batch_loss(
-                *self.engine(tokens_BT), tokens_BT, labels_BTk, num_targets, num_labelled, config.method.concept_weight
-            )
-            losses[0] += loss.next_token
-            if loss.concept is not None:
-                losses[1] += loss.concept
-            self.engine.accumulate(loss.total)
+        self.engine.begin_step()
+        batches = [
+            MicroBatch(tokens_BT, next_token_targets(tokens_BT), labels_BTk)
+            for tokens_BT, labels_BTk in zip(tokens, labels, strict=True)
+        ]
+        self.pipeline.train(self.engine, self.engine.before_backward, batches)
+        self.engine.step()
         state.step += 1
         state.tokens += self.tokens_per_step
         state.flops += self.tokens_per_step * self.student_flops
         state.teacher_flops += self.tokens_per_step * self.teacher_flops
         if self.metrics:
             self.metrics.advance(state.step)
-        return losses
+        return self._own_losses()
+
+    def _label(self, tokens: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Concept labels of each micro-batch. The ranks of one copy of the model see the same samples: each labels its
+        part of them, and only the labels travel."""
+        if not self.inputs.labeler:
+            return [None] * len(tokens)
+        grid, batch = self.grid, self.config.training.micro_batch
+        tokens_NT = torch.cat(tokens)
+        labels_NTk = tokens_NT.new_zeros(*tokens_NT.shape, self.config.method.num_labels)
+        first, stop = (len(tokens_NT) * rank // grid.model for rank in (grid.model_rank, grid.model_rank + 1))
+        for start in range(first, stop, batch):
+            rows = slice(start, min(start + batch, stop))
+            labels_NTk[rows] = self.inputs.labeler(tokens_NT[rows])
+        dist.all_reduce(labels_NTk, group=grid.model_group)
+        num_labelled = count_labelled(labels_NTk)
+        dist.all_reduce(num_labelled, group=grid.data_group)
+        self.stages.num_labelled = num_labelled.clamp_(min=1)
+        return list(labels_NTk.split(batch))
+
+    def _own_losses(self) -> torch.Tensor:
+        """This rank's share of the losses: the tensor ranks of a stage know the same, and one of them counts."""
+        return self.stages.losses.clone() if self.grid.tensor_rank == 0 else torch.zeros_like(self.stages.losses)
 
     def _positions(self) -> list[range]:
-        """This rank's micro-batches of the current step, as positions of the sample order."""
+        """This data rank's micro-batches of the current step, as positions of the sample order."""
         training = self.config.training
         first = self.state.step * training.global_batch
-        stride = training.micro_batch * self.runtime.world
-        starts = range(first + self.runtime.rank * training.micro_batch, first + training.global_batch, stride)
+        stride = training.micro_batch * self.grid.data
+        starts = range(first + self.grid.data_rank * training.micro_batch, first + training.global_batch, stride)
         return [range(start, start + training.micro_batch) for start in starts]
 
     def _read(self, positions: range) -> torch.Tensor:
@@ -211,18 +248,20 @@ class Trainer:
 
     def _validate(self) -> float:
         self._pause_clock()
-        training, runtime = self.config.training, self.runtime
+        config, grid, stages = self.config, self.grid, self.stages
+        batch, dataset = config.training.micro_batch, self.inputs.valid
+        num_sequences = min(config.evaluation.batches * config.training.global_batch, dataset.num_windows)
         self.engine.train(False)
-        num_sequences = self.config.evaluation.batches * training.global_batch
-        loss = validation_loss(
-            self.engine,
-            self.inputs.valid,
-            num_sequences,
-            training.micro_batch,
-            runtime.device,
-            runtime.rank,
-            runtime.world,
-        )
+        stages.num_targets = 1
+        stages.losses.zero_()
+        batches = validation_batches(dataset, num_sequences, batch, grid.data_rank, grid.data)
+        # As many at a time as keep a pipeline busy.
+        for some in iter(lambda: list(islice(batches, 4 * grid.pipeline)), []):
+            on_device = [MicroBatch(*(each.to(self.runtime.device) for each in pair), None) for pair in some]
+            self.pipeline.evaluate(self.engine, on_device)
+        total = self._own_losses()[0]
+        dist.all_reduce(total)
+        loss = (total / (num_sequences * (config.model.context - 1))).item()
         record = self._progress_record() | {"valid_loss": loss, "valid_ppl": perplexity(loss)}
         self._write(lambda metrics: metrics.valid(record))
         self._start_clock()
@@ -231,7 +270,7 @@ class Trainer:
     def _save(self) -> None:
         self._pause_clock()
         keep = self.config.checkpoint.keep
-        folder = save_checkpoint(self.run, self.engine, self.state, self.about, keep, self.runtime)
+        folder = save_checkpoint(self.run, self.engine, self.state, self.about, keep)
         log.info("saved %s", folder)
         self._start_clock()
 
@@ -277,14 +316,18 @@ class Trainer:
     def _announce(self) -> None:
         config, state = self.config, self.state
         self.logged = TrainingState(step=state.step, seconds=state.seconds)
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        parameters = sum(shape.numel() for shape in self.stages.whole_shapes.values())
+        grid = self.grid
         self._say(dump_config(config).rstrip())
         self._say(
-            f"{config.method.name}: {parameters / 1e6:.2f}M parameters on {self.runtime.world} process(es), "
+            f"{config.method.name}: {parameters / 1e6:.2f}M parameters on {self.runtime.world} process(es): "
+            f"pipeline {grid.pipeline} × data {grid.data} × tensor {grid.tensor}, ZeRO {config.parallel.zero}, "
             f"{self.runtime.device.type}, {self.inputs.train.num_windows:,} training windows, "
             f"{self.student_flops / 1e6:.1f} MFLOP a token for the student"
             + (f", {self.teacher_flops / 1e6:.1f} for the teacher" if self.teacher_flops else "")
         )
+        for warning in layout_warnings(config, self.runtime.world):
+            self._say(f"warning: {warning}")
         if state.step:
             self._say(
                 f"{'finished already' if state.step >= self.last_step else 'resuming'}: {state.step} steps are saved"

@@ -15,20 +15,18 @@ pytestmark = pytest.mark.slow
 def train_with_a_nan(configs):
     """The loss of the fourth step, which is not logged, is not a number."""
     import megacocomix.training.trainer as trainer
+    from megacocomix.parallel.stage import LocalStages
 
-    batch_loss = trainer.batch_loss
+    forward, step, number = LocalStages.forward, trainer.Trainer._step, [0]
 
-    def spoilt(*arguments):
-        loss = batch_loss(*arguments)
-        return loss._replace(total=loss.total * float("nan")) if rate[0] == 3 else loss
-
-    step, rate = trainer.Trainer._step, [0]
+    def spoilt(self, *arguments):
+        return forward(self, *arguments) * (float("nan") if number[0] == 3 else 1.0)
 
     def counted(self):
-        rate[0] = self.state.step
+        number[0] = self.state.step
         return step(self)
 
-    trainer.batch_loss, trainer.Trainer._step = spoilt, counted
+    LocalStages.forward, trainer.Trainer._step = spoilt, counted
     return train_all(configs)
 
 
@@ -82,15 +80,15 @@ def validation_dropout(config):
     """Train with dropout; note in which mode each forward pass of a validation runs."""
     import megacocomix.training.trainer as trainer
 
-    modes, validate = [], trainer.validation_loss
+    modes, validate = [], trainer.Trainer._validate
 
-    def watched(forward, *arguments):
-        handle = forward.module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-        loss = validate(forward, *arguments)
+    def watched(self):
+        handle = self.stages.parts["0"].register_forward_pre_hook(lambda module, _: modes.append(module.training))
+        loss = validate(self)
         handle.remove()
         return loss
 
-    trainer.validation_loss = watched
+    trainer.Trainer._validate = watched
     assert train(config) == (0, [])
     return modes
 
