@@ -32,7 +32,7 @@ demo: setup
 	@bash launcher/demo.sh
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ GOLDEN = Path(__file__).parent / "golden" / "small.safetensors"
 
 def pytest_addoption(parser):
     parser.addoption("--golden", default=str(GOLDEN), help="a golden file of the reference implementation")
+    parser.addoption("--write-layouts", action="store_true", help="write the table of docs/parallelism.md anew")
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,15 @@ def test_the_options_page_is_current(root, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/experiments.md", "assets/teacher/README.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "docs/experiments.md",
+        "docs/parallelism.md",
+        "assets/teacher/README.md",
+    ],
 )
 def test_links_between_pages_lead_somewhere(root, page):
     text = (root / page).read_text()

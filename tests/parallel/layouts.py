@@ -1,0 +1,141 @@
+"""Layouts of a tiny run, and what the ranks of a test's job do to compare them: train and keep every gradient."""
+
+import itertools
+import os
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+import tiny
+from jobs import train_all
+
+STEPS = 3
+# Half of what weights begin with. Biases begin with 0: what rounding moves them by is not relative to what they are.
+WEIGHT_FLOOR = 0.01
+SMALL_WHOLE = "small_parameters_whole"  # not an option of ours: DeepSpeed's default, see below
+TOKENIZER = Path(__file__).parents[2] / "assets/teacher/tokenizer.model"  # opens sooner than GPT-2's
+
+
+def name_of(world: int, tensor: int, pipeline: int, zero: int, method: str, **more) -> str:
+    """Such as `8: tensor 2 × pipeline 2 × data 2, ZeRO 3, cocomix`."""
+    data = world // (tensor * pipeline)
+    extras = "".join(f", {key} {str(value).lower()}" for key, value in more.items())
+    return f"{world}: tensor {tensor} × pipeline {pipeline} × data {data}, ZeRO {zero}{extras}, {method}"
+
+
+def layout(world: int, tensor: int, pipeline: int, zero: int, method: str, **more) -> tuple[str, dict]:
+    """Name and the sections of its config."""
+    training = {key: more[key] for key in ("recompute",) if key in more}
+    parallel = {key: more[key] for key in more if key not in (*training, SMALL_WHOLE)}
+    sections = {
+        "parallel": {"tensor": tensor, "pipeline": pipeline, "zero": zero, **parallel},
+        "method": {"name": method},
+        "training": training,
+    }
+    return name_of(world, tensor, pipeline, zero, method, **more), sections
+
+
+def stages_of(pipeline: int) -> tuple[int, ...]:
+    """ZeRO stages that are exact with this many pipeline ranks."""
+    return (0, 1, 2, 3) if pipeline == 1 else (0, 1, 3)
+
+
+def all_layouts(world: int) -> dict[str, dict]:
+    """Every tensor × pipeline × data product of `world` processes in every ZeRO stage, and what else is a layout."""
+    grids = [(t, p) for t, p in itertools.product((1, 2, 4), (1, 2, 4)) if world % (t * p) == 0]
+    if world == 8:
+        return dict(
+            [
+                layout(8, 2, 1, 3, "cocomix"),
+                layout(8, 2, 2, 3, "cocomix"),
+                layout(8, 2, 2, 1, "cocomix"),
+                layout(8, 4, 2, 3, "ntp"),
+                layout(8, 2, 4, 3, "cocomix"),
+                layout(8, 1, 4, 3, "cocomix"),
+            ]
+        )
+    named = [layout(world, t, p, zero, "cocomix") for t, p in grids for zero in stages_of(p)]
+    named += [layout(world, t, p, 3, "ntp") for t, p in grids]
+    if world == 2:
+        named += [
+            layout(2, 2, 1, 3, "cocomix", sequence=False),
+            layout(2, 1, 1, 3, "cocomix", gather="per_step"),
+            layout(2, 1, 1, 3, "cocomix", offload_optimizer=True),
+            layout(2, 1, 1, 2, "cocomix", offload_optimizer=True),
+            layout(2, 1, 2, 1, "cocomix", offload_optimizer=True),
+            layout(2, 1, 2, 3, "cocomix", gather="per_microbatch"),
+            layout(2, 1, 2, 3, "cocomix", stages_per_rank=2),
+            layout(2, 1, 2, 1, "cocomix", stages_per_rank=2),
+            layout(2, 1, 2, 3, "cocomix", cuts=[3]),
+            layout(2, 1, 2, 3, "cocomix", **{SMALL_WHOLE: True}),
+            layout(2, 1, 1, 3, "cocomix", **{SMALL_WHOLE: True}),
+        ]
+    if world == 4:
+        named += [
+            layout(4, 2, 2, 3, "cocomix", recompute="selective"),
+            layout(4, 2, 2, 3, "cocomix", recompute="full"),
+            layout(4, 2, 1, 3, "cocomix", recompute="full"),
+            layout(4, 2, 2, 3, "cocomix", stages_per_rank=2),
+            layout(4, 2, 2, 3, "cocomix", sequence=False),
+        ]
+    # Stages without a pipeline number their modules alike, and DeepSpeed checks that over all processes.
+    return dict(sorted(named, key=lambda named: named[1]["parallel"]["pipeline"] > 1))
+
+
+def config(folder: Path, run: str, sections: dict, precision: str = "fp32"):
+    """The config of one run: sizes that divide by 4 tensor ranks where they must, and do not where they need not."""
+    training = {"steps": STEPS, "global_batch": 8, "precision": precision, **sections["training"]}
+    return tiny.config(
+        folder,
+        run,
+        model={"num_layers": 4},
+        method=sections["method"],
+        parallel=sections["parallel"],
+        data={"tokenizer": str(TOKENIZER)},
+        training=training,
+        optimizer={"warmup_steps": 0, "lr": 1e-3, "min_lr": 1e-4},
+        checkpoint={"every": STEPS},
+        evaluation={"every": STEPS, "batches": 1},
+    )
+
+
+def difference(ours, theirs, floor: float = 0.0) -> float:
+    """Largest element of the difference, relative to the largest element, or to `floor` where that is larger."""
+    return (ours - theirs).abs().max().item() / max(theirs.abs().max().item(), floor)
+
+
+def shard_small_parameters_too() -> None:
+    """DeepSpeed keeps these whole: in a tiny model, all of them. Runs of SMALL_WHOLE layouts leave it at that."""
+    from megacocomix.parallel import zero
+
+    options = zero.deepspeed_config
+
+    def sharded(config, device):
+        changed = options(config, device)
+        if SMALL_WHOLE not in config.run:
+            changed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return changed
+
+    zero.deepspeed_config = sharded
+
+
+def train_and_keep_gradients(configs: list) -> list[tuple[int, list[str]]]:
+    """Train one config after the other. Every rank leaves the whole gradients of its stage, summed and not yet clipped,
+    as RUN/gradients-STEP-RANK.st; the last stage's copy of the tied weight is there as `copy`."""
+    from megacocomix.checkpoint.store import _gather
+    from megacocomix.parallel.zero import Engine
+
+    sum_shared, runs = Engine._sum_shared_gradients, iter(configs)
+
+    def sum_and_keep(engine):
+        sum_shared(engine)
+        engine.kept = getattr(engine, "kept", 0) + 1
+        if engine.kept == 1:
+            engine.run = Path(next(runs).run)
+        kept = {("copy" if piece.is_copy else piece.name): _gather(piece, engine) for piece in engine.gradients()}
+        file = engine.run / f"gradients-{engine.kept}-{os.environ['RANK']}.st"
+        save_file({name: value.clone() for name, value in kept.items()}, file)
+
+    shard_small_parameters_too()
+    Engine._sum_shared_gradients = sum_and_keep
+    return train_all(configs)
