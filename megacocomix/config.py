@@ -177,6 +177,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep: Positive = 3
     """Newest checkpoints kept."""
+    keep_every: Positive | None = None
+    """Checkpoints of steps that are a multiple of this are kept for good."""
 
 
 class EvaluationConfig(Section):

@@ -1,32 +1,21 @@
-"""Checkpoints: fp32 weights and Adam moments by parameter name, written by all ranks, complete or absent.
+"""What a checkpoint holds: fp32 weights and Adam moments by parameter name; gathered from, and set in, any layout.
 
 A checkpoint folder holds, from each rank, `weights-RANK.safetensors` and `optimizer-RANK.safetensors` (`exp_avg/NAME`,
 `exp_avg_sq/NAME`), each parameter whole and in one of them, and `checkpoint.json`: training state, resolved config,
-code version, size and SHA-256 of every file. No name or shape depends on how the run was laid out.
-
-It is written as `.step-N.partial` and renamed when every file is on disk, so a folder named `step-N` is complete.
+code version, size and SHA-256 of every file. No name or shape depends on how the run was laid out: a run goes on in any
+other layout. Files are safetensors and JSON: reading one executes nothing.
 """
 
 import contextlib
-import os
-import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from megacocomix.errors import UserError
-from megacocomix.files import file_sha256, write_json
-from megacocomix.model.load import (
-    CHECKPOINT_FILE,
-    CHECKPOINT_FORMAT,
-    CHECKPOINT_VERSION,
-    list_checkpoints,
-    read_checkpoint_manifest,
-)
+from megacocomix.model.load import read_checkpoint_manifest
 from megacocomix.parallel.tensor import cut, join, split_dim
 from megacocomix.parallel.zero import STATES, Engine, Slice
 
@@ -41,55 +30,6 @@ class TrainingState:
     flops: float = 0.0
     teacher_flops: float = 0.0
     seconds: float = 0.0
-
-
-def save_checkpoint(run: Path, engine: Engine, state: TrainingState, about: dict, keep: int) -> Path:
-    """Write checkpoints/step-N of a run, then remove all but the newest `keep`. `about` (config, code version) is
-    stored as it is.
-
-    Called by all ranks. Raises UserError on every rank when any of them could not write (disk full, permission): what
-    was begun is removed and earlier checkpoints stay as they were.
-    """
-    runtime = engine.grid.runtime
-    final = run / "checkpoints" / f"step-{state.step:08d}"
-    partial = final.with_name(f".{final.name}.partial")
-    if runtime.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
-    # Gathering is a collective: it must be over before one rank may fail alone.
-    weights, moments = _gather_own_share(engine)
-    files, failure = {}, None
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        for kind, tensors in (("weights", weights), ("optimizer", moments)):
-            name = f"{kind}-{runtime.rank:05d}.safetensors"
-            if tensors:
-                files[name] = _write(partial / name, tensors)
-    except (OSError, SafetensorError) as error:
-        failure = f"checkpoint {final} was not saved: rank {runtime.rank} could not write: {error}."
-    reports = [None] * runtime.world
-    dist.all_gather_object(reports, (files, failure))
-    failures = [failure for _, failure in reports if failure]
-    if runtime.is_main and not failures:
-        manifest = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "state": asdict(state), **about}
-        manifest["files"] = {name: entry for files, _ in reports for name, entry in files.items()}
-        try:
-            write_json(partial / CHECKPOINT_FILE, manifest)
-            os.rename(partial, final)
-        except OSError as error:
-            failures = [f"checkpoint {final} was not saved: {error}."]
-    outcome = [failures]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0]:
-        if runtime.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            *outcome[0], "Earlier checkpoints are untouched; free some space and start the same command again."
-        )
-    if runtime.is_main:
-        for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 class StoredTensors:
@@ -145,7 +85,7 @@ def _key(state: str, name: str) -> str:
     return name if state == "weight" else f"{state}/{name}"
 
 
-def _gather_own_share(engine: Engine) -> tuple[dict, dict]:
+def gather_own_share(engine: Engine) -> tuple[dict, dict]:
     """Whole parameters and whole moments on the CPU: of all those of this stage the ones that this rank writes, dealt
     out by size."""
     grid, weights, moments = engine.grid, {}, {}
@@ -157,13 +97,13 @@ def _gather_own_share(engine: Engine) -> tuple[dict, dict]:
                 continue
             owner = load.index(min(load))
             load[owner] += piece.piece.numel()
-            whole = _gather(piece, engine)
+            whole = gather(piece, engine)
             if owner == me:
                 (weights if state == "weight" else moments)[_key(state, piece.name)] = whole.cpu().clone()
     return weights, moments
 
 
-def _gather(piece: Slice, engine: Engine) -> torch.Tensor:
+def gather(piece: Slice, engine: Engine) -> torch.Tensor:
     """One parameter whole, on every rank of its stage: first over the data ranks, then over the tensor ranks."""
     grid, values = engine.grid, piece.values
     if not piece.is_replicated:
@@ -175,11 +115,3 @@ def _gather(piece: Slice, engine: Engine) -> torch.Tensor:
         pieces = [torch.empty_like(pieces[0]) for _ in range(grid.tensor)]
         dist.all_gather(pieces, values.view(piece.piece), group=grid.tensor_group)
     return join(piece.name, pieces, engine.stages.whole_shapes[piece.name])
-
-
-def _write(path: Path, tensors: dict) -> dict:
-    """Write, flush to disk, and hash what is then on disk."""
-    save_file(tensors, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
 from megacocomix.model.gpt2 import GPT2, assemble
 from megacocomix.model.hf_names import load_hf_weights
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.json"
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "megacocomix-checkpoint", 1
@@ -41,7 +44,7 @@ def load_model(path: str | Path) -> LoadedModel:
     if not path.is_dir():
         raise UserError(f"model folder {path} does not exist.")
     if (path / "checkpoints").is_dir():
-        path = latest_checkpoint(path)
+        return _load_latest(path)
     if (path / CHECKPOINT_FILE).is_file():
         return _load_ours(path)
     if (path / "config.json").is_file():
@@ -53,14 +56,6 @@ def list_checkpoints(run: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first: only these carry their final name."""
     complete = [path for path in Path(run).glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def latest_checkpoint(run: str | Path) -> Path:
-    """The newest complete checkpoint of a run. Raises UserError where there is none."""
-    found = list_checkpoints(run)
-    if not found:
-        raise UserError(f"{run} holds no checkpoint yet.")
-    return found[-1]
 
 
 def read_checkpoint_manifest(folder: Path, verify: bool = False) -> dict:
@@ -105,6 +100,18 @@ def load_weights(model: GPT2, folder: Path) -> str:
     if parameters:
         raise UserError(f"{folder} lacks {' '.join(sorted(parameters))}.")
     return hashlib.sha256("".join(weights[name] for name in sorted(weights)).encode()).hexdigest()
+
+
+def _load_latest(run: Path) -> LoadedModel:
+    """The newest sound checkpoint of a run; damaged ones are walked past, and said."""
+    problems = []
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            return _load_ours(folder)
+        except UserError as error:
+            problems += error.problems
+            log.warning("walking past %s: %s", folder, error)
+    raise UserError(*(problems or [f"{run} holds no checkpoint yet."]))
 
 
 def _load_ours(folder: Path) -> LoadedModel:

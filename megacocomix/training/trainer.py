@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megacocomix.checkpoint.store import StoredTensors, TrainingState, load_checkpoint, save_checkpoint
+from megacocomix.checkpoint.store import StoredTensors, TrainingState, load_checkpoint
+from megacocomix.checkpoint.writer import CheckpointWriter
 from megacocomix.config import Config, dump_config
 from megacocomix.data.tokens import check_token_ids
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
@@ -73,6 +74,7 @@ class Trainer:
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.pipeline = Pipeline(self.grid, self.stages.num_stages, partial(hidden_shape, config), dtype)
         self.engine, self.state = self._build_engine()
+        self.writer = CheckpointWriter(run, self.engine, self.about, config.checkpoint)
         self.metrics = MetricsLog(run, config, self.state.step) if runtime.is_main else None
         self.last_step = config.training.stop_after or config.training.steps
         self.tokens_per_step = config.training.global_batch * config.model.context
@@ -85,8 +87,15 @@ class Trainer:
 
     def fit(self) -> int:
         """Train to the last step. Returns an exit code. Raises UserError."""
-        state, config = self.state, self.config
         self._announce()
+        try:
+            return self._train()
+        except UserError:  # on all ranks: what was begun can still be completed
+            self._complete_save()
+            raise
+
+    def _train(self) -> int:
+        state, config = self.state, self.config
         self._start_clock()
         while state.step < self.last_step:
             losses = self._step()
@@ -95,13 +104,15 @@ class Trainer:
             saves = state.step % config.checkpoint.every == 0 or is_last or stopped
             logs = state.step % config.logging.every == 0 or is_last
             if not self.engine.step_was_applied() or ((logs or saves) and not self._is_finite(losses)):
+                self._complete_save()
                 self._say(f"error: loss or gradient is not finite at step {state.step}; it is not saved")
                 return EXIT_FAILED
             if logs:
                 self._log_step(losses)
             if saves:  # before validating, which may take longer than the grace period after a signal
-                self._save()
+                self._save(must_succeed=is_last or stopped)
             if (state.step % config.evaluation.every == 0 or is_last) and not math.isfinite(self._validate()):
+                self._complete_save()
                 self._say(f"error: validation loss is not finite after step {state.step}: lower optimizer.lr")
                 return EXIT_FAILED
             if stopped and not is_last:
@@ -133,20 +144,29 @@ class Trainer:
             return engine, load_checkpoint(stored, engine)
 
     def _choose_checkpoint(self) -> Path | None:
-        """The newest checkpoint, as rank 0 sees the folder: a shared file system may show the others an older state."""
-        chosen = [list_checkpoints(self.run)[-1:]]
-        dist.broadcast_object_list(chosen, src=0)
-        if not chosen[0]:
-            return None
-        (checkpoint,) = chosen[0]
+        """The newest sound checkpoint; those that are damaged are walked past, and said. Rank 0 looks: a shared file
+        system may show the others an older state, and one reader is enough to compare all files with their hashes."""
+        chosen, problems = [None, None], []
+        if self.runtime.is_main:
+            for checkpoint in reversed(list_checkpoints(self.run)):
+                try:
+                    chosen = [checkpoint, read_checkpoint_manifest(checkpoint, verify=True)["inputs"]]
+                    break
+                except UserError as error:
+                    problems += error.problems
+                    log.warning("walking past %s: %s", checkpoint, error)
         with all_or_none():
-            # One rank reads it all against the hashes; the others will read what they need.
-            stored = read_checkpoint_manifest(checkpoint, verify=self.runtime.is_main)["inputs"]
-        if changed := [key for key in sorted(stored) if stored[key] != self.identity.get(key)]:
-            raise UserError(
-                f"run {self.run} was begun with other content of {' and '.join(changed)} than is there now. "
-                "Bring it back, or choose another folder with run=PATH."
-            )
+            if problems and chosen[0] is None:
+                raise UserError(*problems, f"No checkpoint of {self.run} is sound. Choose another folder: run=PATH.")
+        dist.broadcast_object_list(chosen, src=0)
+        checkpoint, stored = chosen
+        changed = [key for key in sorted(stored or {}) if stored[key] != self.identity.get(key)]
+        with all_or_none():
+            if changed:
+                raise UserError(
+                    f"run {self.run} was begun with other content of {' and '.join(changed)} than is there now. "
+                    "Bring it back, or choose another folder with run=PATH."
+                )
         return checkpoint
 
     def _step(self) -> torch.Tensor:
@@ -267,12 +287,27 @@ class Trainer:
         self._start_clock()
         return loss
 
-    def _save(self) -> None:
+    def _save(self, must_succeed: bool) -> None:
+        """Begin a checkpoint of this step; with `must_succeed` also complete it, or raise UserError on all ranks."""
         self._pause_clock()
-        keep = self.config.checkpoint.keep
-        folder = save_checkpoint(self.run, self.engine, self.state, self.about, keep)
-        log.info("saved %s", folder)
+        self._complete_save()
+        self.writer.begin(self.state)
+        if must_succeed and (failures := self._complete_save()):
+            raise UserError(
+                *failures, "Earlier checkpoints are untouched; free some space and start the same command again."
+            )
         self._start_clock()
+
+    def _complete_save(self) -> list[str]:
+        """Complete a checkpoint that was begun, if one was. Returns what went wrong with it; training can go on."""
+        if not self.writer.is_pending:
+            return []
+        failures = self.writer.complete()
+        for failure in failures:
+            self._say(f"warning: {failure} The next one is due in {self.config.checkpoint.every} steps.")
+        if not failures:
+            log.info("saved %s", self.writer.folder)
+        return failures
 
     def _pause_clock(self) -> None:
         """Training time counts steps alone, and a step counts when the device has done it."""
@@ -287,11 +322,16 @@ class Trainer:
         self.stop_signal = number
 
     def _agree_on_stopping(self) -> bool:
-        """Whether any rank was signalled. All ranks agree: one that left alone would leave the others waiting. Raises
-        UserError, on all ranks, when one has read data that cannot be trained on."""
-        flags = torch.tensor([self.stop_signal, self.bad_data is not None])
+        """Whether any rank was signalled. All ranks agree: one that left alone would leave the others waiting.
+
+        Completes a checkpoint that all have written. Raises UserError, on all ranks, when one has read data that cannot
+        be trained on.
+        """
+        flags = torch.tensor([self.stop_signal, self.bad_data is not None, self.writer.is_writing])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stop_signal, bad_data = flags.tolist()
+        stop_signal, bad_data, is_writing = flags.tolist()
+        if not is_writing:
+            self._complete_save()
         if bad_data:
             with all_or_none():
                 if self.bad_data:

@@ -1,59 +1,185 @@
+import json
 import resource
 import signal
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import tiny
 from jobs import train
-from megacocomix.errors import UserError
 from megacocomix.model.load import load_model
 from processes import run_processes
 
 pytestmark = pytest.mark.slow
 
 
-def train_on_a_full_disk(config, rank):
-    """One rank cannot write files of more than 20 kB from its second checkpoint on."""
+def train_on_a_full_disk(config, rank, full_from, full_until):
+    """One rank cannot write files of more than 20 kB in its checkpoints number full_from to full_until - 1."""
     import os
 
-    import megacocomix.training.trainer as trainer
+    from megacocomix.checkpoint.writer import CheckpointWriter
 
-    save, calls = trainer.save_checkpoint, []
+    write, calls = CheckpointWriter._write, []
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    def save_then_fill(*arguments):
+    def write_on_a_full_disk(self, *tensors):
         calls.append(1)
-        if len(calls) == 2 and int(os.environ["RANK"]) == rank:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        return save(*arguments)
+        is_full = full_from <= len(calls) < full_until and int(os.environ["RANK"]) == rank
+        limit = 20_000 if is_full else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        write(self, *tensors)
 
-    trainer.save_checkpoint = save_then_fill
+    CheckpointWriter._write = write_on_a_full_disk
     return train(config)
 
 
+def saved(folder, run):
+    return sorted(path.name for path in (folder / run / "checkpoints").iterdir())
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_full_disk_is_one_clear_line_and_costs_no_earlier_checkpoint(folder, rank):
+def test_a_full_disk_at_the_end_is_one_clear_line_and_costs_no_earlier_checkpoint(folder, rank):
     run = f"full-{rank}"
-    outcomes = run_processes(2, train_on_a_full_disk, tiny.config(folder, run), rank)
+    outcomes = run_processes(2, train_on_a_full_disk, tiny.config(folder, run), rank, 2, 9)
     for code, problems in outcomes:
         assert code == 2
         assert f"rank {rank} could not write" in problems[0]
-    assert [path.name for path in (folder / run / "checkpoints").iterdir()] == ["step-00000003"]
+    assert saved(folder, run) == ["step-00000003"]
     assert run_processes(2, train, tiny.config(folder, run)) == [(0, [])] * 2
 
 
-def test_the_newest_checkpoints_are_kept_and_damage_is_refused(folder):
-    config = tiny.config(folder, "kept", checkpoint={"every": 1, "keep": 2})
+def test_a_failed_save_on_the_way_is_said_and_made_up_for_by_the_next(folder, capfd):
+    config = tiny.config(folder, "full-once", checkpoint={"every": 2})
+    assert run_processes(2, train_on_a_full_disk, config, 1, 2, 3) == [(0, [])] * 2
+    assert saved(folder, "full-once") == ["step-00000002", "step-00000006"]
+    assert "warning: checkpoint" in capfd.readouterr().out
+
+
+def train_with_a_slow_disk(config):
+    """The checkpoint of step 2 is written while step 4 is done."""
+    import threading
+
+    from megacocomix.checkpoint.writer import CheckpointWriter
+    from megacocomix.training.trainer import Trainer
+
+    write, step, may_write, steps_before = CheckpointWriter._write, Trainer._step, threading.Event(), []
+
+    def write_slowly(self, *tensors):
+        if self._state.step == 2:
+            assert may_write.wait(100)
+        write(self, *tensors)
+
+    def step_and_note(self):
+        if self.writer.is_writing:
+            steps_before.append(self.state.step)
+        if self.state.step == 4:
+            may_write.set()
+        return step(self)
+
+    CheckpointWriter._write, Trainer._step = write_slowly, step_and_note
+    return train(config), steps_before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(folder):
+    slow = tiny.config(folder, "slow", checkpoint={"every": 2}, training={"stop_after": 5})
+    quick = tiny.config(folder, "quick", checkpoint={"every": 2}, training={"stop_after": 5})
+    for outcome, steps_before in run_processes(2, train_with_a_slow_disk, slow):
+        assert outcome == (0, [])
+        assert steps_before[:2] == [2, 3]
+    assert run_processes(2, train, quick) == [(0, [])] * 2
+    for run in ("slow", "quick"):
+        assert "step-00000002" in saved(folder, run)
+    for file in (folder / "quick/checkpoints/step-00000002").glob("*.safetensors"):
+        ours, theirs = (load_file(folder / run / "checkpoints/step-00000002" / file.name) for run in ("slow", "quick"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_newest_and_every_mth_checkpoint_are_kept(folder):
+    config = tiny.config(folder, "kept", checkpoint={"every": 1, "keep": 2, "keep_every": 3})
     assert run_processes(1, train, config) == [(0, [])]
-    checkpoints = folder / "kept/checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000005", "step-00000006"]
+    assert saved(folder, "kept") == ["step-00000003", "step-00000005", "step-00000006"]
     loaded = load_model(folder / "kept")
     assert loaded.path.name == "step-00000006"
     assert loaded.config == config
+
+
+def test_damaged_checkpoints_are_walked_past_and_said(folder, caplog):
+    config = tiny.config(folder, "damaged", checkpoint={"every": 1, "keep": 3})
+    assert run_processes(1, train, config) == [(0, [])]
+    checkpoints = folder / "damaged/checkpoints"
     weights = checkpoints / "step-00000006/weights-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
-    with pytest.raises(UserError, match=r"is damaged: \d+ bytes, expected"):
-        load_model(folder / "kept")
+    (checkpoints / "step-00000005/checkpoint.json").write_text("{")
+    assert load_model(folder / "damaged").path.name == "step-00000004"
+    assert "walking past" in caplog.text
+    assert "expected" in caplog.text
+    expected = (folder / "damaged/metrics.jsonl").read_text().splitlines()
+    assert run_processes(1, train, config) == [(0, [])]
+    assert saved(folder, "damaged") == ["step-00000004", "step-00000005", "step-00000006"]
+    assert load_model(folder / "damaged").path.name == "step-00000006"
+    again = (folder / "damaged/metrics.jsonl").read_text().splitlines()
+    losses = [[json.loads(line)["loss"] for line in lines if '"loss"' in line] for lines in (expected, again)]
+    assert losses[1] == losses[0] + losses[0][4:]
+    for name in saved(folder, "damaged"):
+        (checkpoints / name / "checkpoint.json").unlink()
+    ((code, problems),) = run_processes(1, train, config)
+    assert code == 2
+    assert "is sound" in problems[-1]
+
+
+def train_and_be_killed(config, delays):
+    """Once for each delay, a child trains from where the one before was killed, saving at every step, until it is
+    killed that long after its first checkpoint. Returns the newest step before, and the sound ones after each kill."""
+    import os
+    import time
+
+    import megacocomix.training.trainer  # noqa: F401 (imported once, for all children)
+    from megacocomix.model.load import list_checkpoints, read_checkpoint_manifest
+
+    seen, newest = [], 0
+    for delay in delays:
+        child = os.fork()
+        if child == 0:
+            try:
+                train(config)
+            finally:
+                os._exit(0)
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline:
+            found = list_checkpoints(config.run)
+            if found and int(found[-1].name[5:]) > newest:
+                break
+            time.sleep(0.002)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found = list_checkpoints(config.run)
+        steps = [read_checkpoint_manifest(path, verify=True)["state"]["step"] for path in found]
+        seen.append((newest, steps))
+        newest = steps[-1]
+    return seen
+
+
+def test_kill_9_at_any_moment_loses_no_checkpoint_and_the_run_goes_on(folder):
+    import random
+
+    training = {"steps": 100_000}
+    config = tiny.config(
+        folder,
+        "killed",
+        method={"name": "ntp"},
+        training=training,
+        checkpoint={"every": 1, "keep": 2},
+        evaluation={"every": 1000},
+        logging={"every": 100},
+    )
+    delays = [random.Random(seed).uniform(0, 0.15) for seed in range(20)]
+    (seen,) = run_processes(1, train_and_be_killed, config, delays)
+    assert len(seen) == 20
+    for before, steps in seen:
+        assert steps[-1] > before
+        assert len(steps) <= 3
 
 
 def test_a_flipped_byte_in_a_checkpoint_is_refused(folder):

@@ -122,7 +122,7 @@ def shard_small_parameters_too() -> None:
 def train_and_keep_gradients(configs: list) -> list[tuple[int, list[str]]]:
     """Train one config after the other. Every rank leaves the whole gradients of its stage, summed and not yet clipped,
     as RUN/gradients-STEP-RANK.st; the last stage's copy of the tied weight is there as `copy`."""
-    from megacocomix.checkpoint.store import _gather
+    from megacocomix.checkpoint.store import gather
     from megacocomix.parallel.zero import Engine
 
     sum_shared, runs = Engine._sum_shared_gradients, iter(configs)
@@ -132,7 +132,7 @@ def train_and_keep_gradients(configs: list) -> list[tuple[int, list[str]]]:
         engine.kept = getattr(engine, "kept", 0) + 1
         if engine.kept == 1:
             engine.run = Path(next(runs).run)
-        kept = {("copy" if piece.is_copy else piece.name): _gather(piece, engine) for piece in engine.gradients()}
+        kept = {("copy" if piece.is_copy else piece.name): gather(piece, engine) for piece in engine.gradients()}
         file = engine.run / f"gradients-{engine.kept}-{os.environ['RANK']}.st"
         save_file({name: value.clone() for name, value in kept.items()}, file)
 
