@@ -1,7 +1,7 @@
 """Saving while training goes on: what is to be saved is copied, a thread writes it, and a later step completes it.
 
-A checkpoint is written as `.step-N.partial`, hashed as it lies on disk, and renamed when every rank has written its part:
-a folder named `step-N` is complete, whenever the processes were killed.
+A checkpoint is written as `.step-N.partial`, hashed as it lies on disk, and renamed when every rank has written its
+part: a folder named `step-N` is complete, whenever the processes were killed.
 """
 
 import os
@@ -32,6 +32,7 @@ class CheckpointWriter:
         self._state = TrainingState()
         self._files: dict[str, dict] = {}
         self._failure: str | None = None
+        self._bug: Exception | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -60,6 +61,8 @@ class CheckpointWriter:
         wrong: then the checkpoint does not exist, nothing of it is left, and earlier ones are as they were."""
         self._thread.join()
         self._thread = None
+        if self._bug:
+            raise self._bug
         reports = [None] * self.runtime.world
         dist.all_gather_object(reports, (self._files, self._failure))
         failures = [failure for _, failure in reports if failure]
@@ -95,6 +98,8 @@ class CheckpointWriter:
             self._failure = (
                 f"checkpoint {self.folder} was not saved: rank {self.runtime.rank} could not write: {error}."
             )
+        except Exception as error:  # a thread that dies in silence would leave a checkpoint without its files
+            self._bug = error
 
     def _publish(self, files: dict) -> list[str]:
         manifest = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "state": asdict(self._state)}

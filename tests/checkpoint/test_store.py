@@ -57,7 +57,7 @@ def test_a_failed_save_on_the_way_is_said_and_made_up_for_by_the_next(folder, ca
 
 
 def train_with_a_slow_disk(config):
-    """The checkpoint of step 2 is written while step 4 is done."""
+    """The checkpoint of step 2 is not written before step 3 is done."""
     import threading
 
     from megacocomix.checkpoint.writer import CheckpointWriter
@@ -73,7 +73,7 @@ def train_with_a_slow_disk(config):
     def step_and_note(self):
         if self.writer.is_writing:
             steps_before.append(self.state.step)
-        if self.state.step == 4:
+        if self.state.step == 3:
             may_write.set()
         return step(self)
 
@@ -86,13 +86,26 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(f
     quick = tiny.config(folder, "quick", checkpoint={"every": 2}, training={"stop_after": 5})
     for outcome, steps_before in run_processes(2, train_with_a_slow_disk, slow):
         assert outcome == (0, [])
-        assert steps_before[:2] == [2, 3]
+        assert steps_before[:2] == [2, 3]  # steps that were begun while it was being written
     assert run_processes(2, train, quick) == [(0, [])] * 2
     for run in ("slow", "quick"):
         assert "step-00000002" in saved(folder, run)
     for file in (folder / "quick/checkpoints/step-00000002").glob("*.safetensors"):
         ours, theirs = (load_file(folder / run / "checkpoints/step-00000002" / file.name) for run in ("slow", "quick"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def train_with_a_bug_in_the_writer(config):
+    from megacocomix.checkpoint import writer
+
+    writer.file_sha256 = lambda path: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        train(config)
+
+
+def test_a_bug_while_writing_ends_the_run_and_leaves_no_checkpoint(folder):
+    run_processes(1, train_with_a_bug_in_the_writer, tiny.config(folder, "bug"))
+    assert not any(name.startswith("step") for name in saved(folder, "bug"))
 
 
 def test_the_newest_and_every_mth_checkpoint_are_kept(folder):
