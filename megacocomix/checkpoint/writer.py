@@ -4,6 +4,7 @@ A checkpoint is written as `.step-N.partial`, hashed as it lies on disk, and ren
 part: a folder named `step-N` is complete, whenever the processes were killed.
 """
 
+import contextlib
 import os
 import shutil
 import threading
@@ -50,7 +51,8 @@ class CheckpointWriter:
         assert not self.is_pending
         self._state, self._files, self._failure = replace(state), {}, None
         if self.runtime.is_main:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            for left in self.folder.parent.glob(".step-*"):  # of a job that was killed
+                shutil.rmtree(left, ignore_errors=True)
         dist.barrier()
         weights, moments = gather_own_share(self.engine)
         self._thread = threading.Thread(target=self._write, args=(weights, moments), name="checkpoint")
@@ -105,12 +107,21 @@ class CheckpointWriter:
         manifest = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "state": asdict(self._state)}
         try:
             write_json(self._partial / CHECKPOINT_FILE, manifest | self.about | {"files": files})
-            shutil.rmtree(self.folder, ignore_errors=True)  # a damaged one of the same step, which was walked past
+            if self.folder.exists():  # a damaged one, which was walked past
+                _remove(self.folder)
             os.rename(self._partial, self.folder)
         except OSError as error:
             return [f"checkpoint {self.folder} was not saved: {error}."]
         for old in list_checkpoints(self.run)[: -self.options.keep]:
             step = int(old.name.removeprefix("step-"))
             if self.options.keep_every is None or step % self.options.keep_every:
-                shutil.rmtree(old, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it stays, and training goes on
+                    _remove(old)
         return []
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take its name first: a checkpoint that is half removed must not look like one."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.removed")
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)

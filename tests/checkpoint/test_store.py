@@ -147,7 +147,10 @@ def train_and_be_killed(config, delays):
     import os
     import time
 
-    import megacocomix.training.trainer  # noqa: F401 (imported once, for all children)
+    # Once, for all children: DeepSpeed imports the latter, and with it torch's compiler, when it is first used.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    import megacocomix.training.trainer  # noqa: F401
     from megacocomix.model.load import list_checkpoints, read_checkpoint_manifest
 
     seen, newest = [], 0

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -21,6 +22,11 @@ def name_of(world: int, tensor: int, pipeline: int, zero: int, method: str, **mo
     data = world // (tensor * pipeline)
     extras = "".join(f", {key} {str(value).lower()}" for key, value in more.items())
     return f"{world}: tensor {tensor} × pipeline {pipeline} × data {data}, ZeRO {zero}{extras}, {method}"
+
+
+def run_name(name: str) -> str:
+    """The run folder of a layout."""
+    return re.sub(r"\W+", "-", name)
 
 
 def layout(world: int, tensor: int, pipeline: int, zero: int, method: str, **more) -> tuple[str, dict]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from layouts import STEPS, WEIGHT_FLOOR, all_layouts, config, difference, layout, train_and_keep_gradients
+from layouts import STEPS, WEIGHT_FLOOR, all_layouts, config, difference, layout, run_name, train_and_keep_gradients
 from processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -30,10 +30,6 @@ BF16 = dict(
         layout(8, 2, 2, 3, "cocomix"),
     ]
 )
-
-
-def run_name(name: str) -> str:
-    return re.sub(r"\W+", "-", name)
 
 
 @pytest.fixture(scope="module")
