@@ -11,7 +11,7 @@ FLOORS = [
     {"model"},
     {"teacher", "data"},
     {"parallel"},
-    {"checkpoint", "evaluation"},
+    {"checkpoint", "evaluation", "hf"},
     {"validate", "training"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,243 @@
+"""CoCoMix for transformers: GPT-2 that predicts concepts before block `insertion_layer` and reads them with its tokens.
+
+Needs torch and transformers alone. Parameters have Hugging Face GPT-2's names, those of the concepts the names of the
+published code.
+
+Shapes: B batch, T new tokens, P tokens in the cache, N = P + T, S slots (one a token in the blocks below
+`insertion_layer`, two a token from it on: the token and its concept), D width, H heads, C concepts, K kept concepts,
+V vocabulary.
+
+What is unusual: the cache keeps one row a token in every block. From `insertion_layer` on a row holds the keys of both
+slots side by side, [B, H, N, 2·D/H]. So every block's cache is as long as the text, which is what generation, beam
+search and cropping rely on, wherever the concepts are put in.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import can_return_tuple
+
+from .configuration_cocomix import CocomixConfig
+
+STANDARDIZE_EPS = 1e-5
+
+
+def visible_slots(mask_BN, num_tokens, num_slots):
+    """Which slots each new slot may attend to: bool [B, 1, T·num_slots, N·num_slots].
+
+    `mask_BN` is 0 at padding. The new tokens are the last `num_tokens` of N. A slot sees the real slots up to itself,
+    and always itself: a row of padding that sees nothing would become NaN and spread.
+    """
+    keys_BS = mask_BN.bool().repeat_interleave(num_slots, dim=1)
+    num_keys, num_queries = keys_BS.shape[1], num_tokens * num_slots
+    key = torch.arange(num_keys, device=mask_BN.device)
+    query = torch.arange(num_keys - num_queries, num_keys, device=mask_BN.device)[:, None]
+    return ((key <= query) & keys_BS[:, None, None]) | (key == query)
+
+
+class CocomixAttention(nn.Module):
+    """Causal self-attention [B, S, D] → [B, S, D] of block `layer`, whose tokens have `num_slots` slots each."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer = layer
+        self.num_slots = 2 if layer >= config.insertion_layer else 1
+        self.num_heads = config.n_head
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.attn_dropout = config.attn_pdrop
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x_BSD, visible, cache):
+        """`visible` is None where all new slots are the text and none is padding: then plain causal attention."""
+        qkv = self.c_attn(x_BSD).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, S, D/H]
+        if cache is not None:
+            k, v = cache.update(self._rows(k), self._rows(v), self.layer)
+            k, v = self._slots(k), self._slots(v)
+        dropout = self.attn_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, visible, dropout_p=dropout, is_causal=visible is None)
+        return self.resid_dropout(self.c_proj(mixed.transpose(1, 2).flatten(2)))
+
+    def _rows(self, x_BHSd):
+        """[B, H, T·num_slots, D/H] → a cache row a token, [B, H, T, num_slots·D/H]."""
+        return x_BHSd.unflatten(2, (-1, self.num_slots)).flatten(3)
+
+    def _slots(self, x_BHNd):
+        """The way back: [B, H, N, num_slots·D/H] → [B, H, N·num_slots, D/H]."""
+        return x_BHNd.unflatten(3, (self.num_slots, -1)).flatten(2, 3)
+
+
+class CocomixMLP(nn.Module):
+    """Two linear layers around a tanh-approximated GELU: [B, S, D] → [B, S, D]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Conv1D(4 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, 4 * config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x_BSD):
+        """[B, S, D] → [B, S, D]."""
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x_BSD), approximate="tanh")))
+
+
+class CocomixBlock(nn.Module):
+    """A pre-LayerNorm transformer block: [B, S, D] → [B, S, D]."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CocomixAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = CocomixMLP(config)
+
+    def forward(self, x_BSD, visible, cache):
+        """[B, S, D] → [B, S, D]; adds the new keys and values to `cache`, where there is one."""
+        x_BSD = x_BSD + self.attn(self.ln_1(x_BSD), visible, cache)
+        return x_BSD + self.mlp(self.ln_2(x_BSD))
+
+
+class CocomixTransformer(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.insertion_layer = config.insertion_layer
+        self.num_kept = config.num_kept
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([CocomixBlock(config, layer) for layer in range(config.n_layer)])
+        self.concept_predictor = nn.Linear(config.n_embd, config.num_concepts)
+        self.compress_layer = nn.Linear(config.num_concepts, config.n_embd)
+        self.pre_bias = nn.Parameter(torch.zeros(config.n_embd))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, tokens_BT, mask_BN, cache):
+        """int64 [B, T] and the mask of all tokens (None: nothing cached, no padding) → (x̂ [B, T, D] that the head
+        reads, concept logits [B, T, C])."""
+        num_tokens = tokens_BT.shape[1]
+        if mask_BN is None:
+            positions = torch.arange(num_tokens, device=tokens_BT.device)
+            visible = {1: None, 2: None}
+        else:
+            positions = (mask_BN.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
+            visible = {num_slots: visible_slots(mask_BN, num_tokens, num_slots) for num_slots in (1, 2)}
+        x = self.drop(self.wte(tokens_BT) + self.wpe(positions))
+        for layer, block in enumerate(self.h):
+            if layer == self.insertion_layer:
+                x, concept_logits_BTC = self.mix(x)
+            x = block(x, visible[block.attn.num_slots], cache)
+        return self.ln_f(x[:, 1::2]), concept_logits_BTC  # only concept slots predict
+
+    def mix(self, x_BTD):
+        """Put after each token the vector of its predicted concepts: [B, T, D] → ([B, 2T, D], concept logits
+        [B, T, C]). Statistics are fp32, with unbiased std and eps outside the root, as in training."""
+        mean = x_BTD.float().mean(-1, keepdim=True)
+        centred_BTD = x_BTD.float() - mean
+        std = centred_BTD.std(-1, keepdim=True)
+        normed_BTD = (centred_BTD / (std + STANDARDIZE_EPS)).to(x_BTD.dtype)
+        logits_BTC = self.concept_predictor(normed_BTD - self.pre_bias)
+        value_BTK, index_BTK = logits_BTC.topk(self.num_kept, dim=-1)
+        # A weighted sum of K of the C columns, never a dense product with a vector of C.
+        rows = F.embedding_bag(
+            index_BTK.flatten(0, 1),
+            self.compress_layer.weight.T,
+            mode="sum",
+            per_sample_weights=value_BTK.flatten(0, 1),
+        )
+        compressed_BTD = rows.unflatten(0, x_BTD.shape[:2]) + self.compress_layer.bias
+        concept_BTD = (compressed_BTD + self.pre_bias) * std + mean
+        return torch.stack((x_BTD, concept_BTD.to(x_BTD.dtype)), dim=2).flatten(1, 2), logits_BTC
+
+
+@dataclass
+class CocomixOutput(CausalLMOutputWithPast):
+    """`logits` [B, T, V] has one row a token; `concept_logits` [B, T, C] is there when asked for."""
+
+    concept_logits: torch.FloatTensor | None = None
+
+
+class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
+    """CoCoMix with its tied next-token head."""
+
+    config_class = CocomixConfig
+    base_model_prefix = "transformer"
+    _supports_sdpa = True
+    _no_split_modules = ["CocomixBlock"]
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = CocomixTransformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, Conv1D):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, CocomixTransformer):
+            nn.init.zeros_(module.pre_bias)
+
+    def get_input_embeddings(self):
+        """The token embedding, which the head shares."""
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value):
+        """Replace the token embedding."""
+        self.transformer.wte = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        output_concept_logits=False,
+    ):
+        """int64 tokens [B, T] → CocomixOutput.
+
+        - `attention_mask` [B, N]: 0 at padding, over cached and new tokens; positions are counted from it.
+        - `past_key_values`: a DynamicCache, which grows by the new tokens.
+        - `labels` [B, T]: usually `input_ids`; -100 is left out. `loss` is the mean over the tokens that follow others.
+        - `logits_to_keep`: logits of the last so many tokens only (0: all).
+        """
+        num_tokens = input_ids.shape[1]
+        num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        num_all = num_cached + num_tokens
+        if num_all > self.config.n_positions:
+            raise ValueError(f"{num_all} tokens do not fit the context of {self.config.n_positions}.")
+        if attention_mask is None and num_cached:
+            attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, num_all)
+        if attention_mask is not None and attention_mask.shape != (len(input_ids), num_all):
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}, not {[len(input_ids), num_all]}: a row a text, a "
+                "column for each cached and each new token (static caches are not supported)."
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        x_BTD, concept_logits_BTC = self.transformer(input_ids, attention_mask, past_key_values)
+        logits_BTV = self.lm_head(x_BTD[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].flatten()
+            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets)
+        return CocomixOutput(
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=past_key_values if use_cache else None,
+            concept_logits=concept_logits_BTC if output_concept_logits else None,
+        )
