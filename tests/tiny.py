@@ -22,7 +22,7 @@ def write_tokens(path, num_tokens, seed=0):
 
 def make_teacher(folder):
     """A random GPT-2 in Hugging Face's format."""
-    from megacocomix.checkpoint.hf import export_gpt2
+    from megacocomix.checkpoint.hf import export_hf
 
     shape = ModelConfig(**SHAPE | {"hidden_size": 24}, dropout=0.0)
     model = GPT2(shape)
@@ -30,7 +30,7 @@ def make_teacher(folder):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.dim() > 1 else 1)  # so that gradients differ between positions
-    export_gpt2(LoadedModel(model, shape, None, "", folder), folder, "gpt2")
+    export_hf(LoadedModel(model, shape, None, "", folder), folder, "gpt2")
 
 
 def make_sae(file, width=24, latents=LATENTS, k=8, **info):

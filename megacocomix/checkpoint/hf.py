@@ -1,56 +1,95 @@
-"""A next-token model of ours → a Hugging Face GPT-2 folder, proved to be the same model before it is called done."""
+"""A model of ours → a Hugging Face folder, proved to be the same model before it is called done.
 
+A next-token model becomes transformers' own GPT2LMHeadModel. A model with concepts takes the two files of
+`megacocomix.hf` along, and loads with trust_remote_code where this package is not installed.
+"""
+
+import copy
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
 
-from megacocomix.data.tokenizer import load_tokenizer, tokenizer_files
+import megacocomix.hf
+from megacocomix.checkpoint.stream import DTYPES, write_safetensors
+from megacocomix.data.hf_tokenizer import export_tokenizer
+from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.errors import UserError
-from megacocomix.model.gpt2 import LAYER_NORM_EPS
+from megacocomix.model.gpt2 import INIT_STD, LAYER_NORM_EPS
 from megacocomix.model.hf_names import to_hf
 from megacocomix.model.load import LoadedModel
 
-LOGIT_TOLERANCE = 1e-4
+LOGIT_TOLERANCE, LOSS_TOLERANCE = 1e-4, 1e-5
+REMOTE_CODE = ("configuration_cocomix.py", "modeling_cocomix.py")
 
 
-def export_gpt2(source: LoadedModel, out: str | Path, tokenizer: str) -> float:
-    """Write config.json, model.safetensors (fp32) and the tokenizer's files.
+@dataclass(frozen=True)
+class Proof:
+    """What source and folder differ by on the same `num_tokens` random tokens: the largest difference of a logit, and
+    of the mean next-token loss. `rounding` is what storing the weights in bf16 moved the loss by (0 in fp32)."""
 
-    transformers then loads the folder and both models read the same tokens; returns the largest difference of their
-    logits. Raises UserError, and leaves nothing behind, when it exceeds LOGIT_TOLERANCE, when OUT exists, or when the
-    model has concepts, which GPT-2 cannot express.
+    num_tokens: int
+    logit: float
+    loss: float
+    rounding: float
+
+
+def export_hf(source: LoadedModel, out: str | Path, tokenizer: str, dtype: str = "float32") -> Proof:
+    """Write config.json, generation_config.json, model.safetensors in `dtype`, the tokenizer's files and, for a model
+    with concepts, the code; then load the folder with transformers and compare the two models.
+
+    Raises UserError, and leaves nothing behind, when they differ by more than LOGIT_TOLERANCE or LOSS_TOLERANCE, or
+    when OUT exists.
     """
     out = Path(out)
-    if source.model.concept is not None:
-        raise UserError(f"{source.path} has a concept module; GPT-2's Hugging Face class cannot express it.")
     if out.exists():
         raise UserError(f"--out {out} exists already; choose another folder.")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(source, partial, tokenizer)
-        difference = _largest_difference(source, partial)
-        if not difference <= LOGIT_TOLERANCE:
+        _write(source, partial, tokenizer, dtype)
+        proof = _prove(source, partial, dtype)
+        if not (proof.logit <= LOGIT_TOLERANCE and proof.loss <= LOSS_TOLERANCE):
             raise UserError(
-                f"{source.path}: the converted model differs by {difference:.1e} in its logits; not written."
+                f"{source.path}: the converted model differs by {proof.logit:.1e} in its logits and by "
+                f"{proof.loss:.1e} in its loss; not written."
             )
         os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return difference
+    return proof
 
 
-def _write(source: LoadedModel, out: Path, tokenizer: str) -> None:
-    shape, eot_id = source.shape, load_tokenizer(tokenizer).eot_id
-    config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
+def _write(source: LoadedModel, out: Path, tokenizer: str, dtype: str) -> None:
+    num_heads = source.shape.num_heads
+    eot_id = load_tokenizer(tokenizer).eot_id
+    special = {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
+    _write_json(out / "config.json", _config(source) | special | {"dtype": dtype})
+    _write_json(out / "generation_config.json", special)
+    export_tokenizer(tokenizer, out)
+    if source.model.concept is not None:
+        for name in REMOTE_CODE:
+            shutil.copyfile(Path(megacocomix.hf.__file__).parent / name, out / name)
+    parameters = dict(source.model.named_parameters())
+    on_meta = (to_hf(name, parameter.to("meta"), num_heads) for name, parameter in parameters.items())
+    shapes = {name: tensor.shape for name, tensor in on_meta}
+    tensors = (to_hf(name, parameter.detach(), num_heads)[1] for name, parameter in parameters.items())
+    write_safetensors(out / "model.safetensors", shapes, tensors, dtype)
+
+
+def _write_json(file: Path, values: dict) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _config(source: LoadedModel) -> dict:
+    """config.json without the ids of special tokens."""
+    shape, model = source.shape, source.model
+    sizes = {
         "n_layer": shape.num_layers,
         "n_embd": shape.hidden_size,
         "n_head": shape.num_heads,
@@ -60,26 +99,55 @@ def _write(source: LoadedModel, out: Path, tokenizer: str) -> None:
         "attn_pdrop": shape.dropout,
         "embd_pdrop": shape.dropout,
         "resid_pdrop": shape.dropout,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        "initializer_range": INIT_STD,
         "tie_word_embeddings": True,
-        "dtype": "float32",
     }
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    parameters = source.model.named_parameters()
-    tensors = dict(to_hf(name, parameter.detach(), shape.num_heads) for name, parameter in parameters)
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    for name, file in tokenizer_files(tokenizer).items():
-        shutil.copyfile(file, out / name)
+    if model.concept is None:
+        return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"} | sizes
+    return {
+        "architectures": ["CocomixForCausalLM"],
+        "model_type": "cocomix",
+        "auto_map": {
+            "AutoConfig": "configuration_cocomix.CocomixConfig",
+            "AutoModelForCausalLM": "modeling_cocomix.CocomixForCausalLM",
+        },
+        "insertion_layer": model.insertion_layer,
+        "num_concepts": model.concept.predict.out_features,
+        "num_kept": model.concept.keep.num_kept,
+    } | sizes
 
 
 @torch.no_grad()
-def _largest_difference(source: LoadedModel, folder: Path) -> float:
+def _prove(source: LoadedModel, folder: Path, dtype: str) -> Proof:
+    """Both models read the same tokens in fp64: in fp32, rounding alone would now and then swap the last concept kept
+    with the first one dropped. The source's weights are rounded as the folder's are."""
+    shape = source.shape
+    tokens = torch.randint(shape.vocab_size, (2, shape.context), generator=torch.Generator().manual_seed(0))
+    ours = copy.deepcopy(source.model).eval()
+    exact_loss = _loss(ours.double()(tokens)[0], tokens) if dtype != "float32" else None
+    logits = ours.to(DTYPES[dtype][0]).double()(tokens)[0]
+    loss = _loss(logits, tokens)
+    del ours
+    their_logits = _load(folder, source.model.concept is not None).double()(tokens, use_cache=False).logits
+    return Proof(
+        num_tokens=tokens.numel(),
+        logit=(their_logits - logits).abs().max().item(),
+        loss=abs(_loss(their_logits, tokens) - loss),
+        rounding=loss - exact_loss if exact_loss is not None else 0.0,
+    )
+
+
+def _loss(logits_BTV: torch.Tensor, tokens_BT: torch.Tensor) -> float:
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten()).item()
+
+
+def _load(folder: Path, has_concepts: bool) -> torch.nn.Module:
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 
+    from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
+
     logging.disable_progress_bar()
-    shape = source.shape
-    tokens = torch.randint(shape.vocab_size, (2, shape.context), generator=torch.Generator().manual_seed(0))
-    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()(tokens).logits
-    return (source.model.eval()(tokens)[0] - theirs).abs().max().item()
+    # The class itself, of which the folder holds a copy: AutoModel would leave another one in the user's cache.
+    model_class = CocomixForCausalLM if has_concepts else GPT2LMHeadModel
+    return model_class.from_pretrained(folder, dtype=torch.float32).eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from megacocomix.checkpoint.hf import export_gpt2
+from megacocomix.checkpoint.hf import export_hf
 from megacocomix.config import ModelConfig
 from megacocomix.errors import UserError
 from megacocomix.model.concept import ConceptMixer
@@ -23,7 +23,7 @@ def loaded(concept=None, insertion_layer=None):
 
 def test_transformers_computes_the_same_logits_and_we_read_it_back_to_the_bit(tmp_path):
     source = loaded()
-    assert export_gpt2(source, tmp_path / "hf", "gpt2") < 1e-5
+    assert export_hf(source, tmp_path / "hf", "gpt2").logit < 1e-5
     back = load_model(tmp_path / "hf").model.state_dict()
     for name, tensor in source.model.state_dict().items():
         assert torch.equal(tensor, back[name]), name
@@ -40,19 +40,14 @@ def test_every_parameter_goes_to_the_published_names_and_back():
 def test_a_model_that_would_not_be_the_same_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr("megacocomix.checkpoint.hf.LAYER_NORM_EPS", 1e-2)
     with pytest.raises(UserError, match="differs by"):
-        export_gpt2(loaded(), tmp_path / "hf", "gpt2")
+        export_hf(loaded(), tmp_path / "hf", "gpt2")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "hf").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        export_gpt2(loaded(), tmp_path / "hf", "gpt2")
-
-
-def test_a_model_with_concepts_is_not_exported_as_gpt2(tmp_path):
-    with pytest.raises(UserError, match="concept module"):
-        export_gpt2(loaded(ConceptMixer(SHAPE.hidden_size, 64, 4), 1), tmp_path / "hf", "gpt2")
+        export_hf(loaded(), tmp_path / "hf", "gpt2")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +61,7 @@ def test_a_model_with_concepts_is_not_exported_as_gpt2(tmp_path):
     ],
 )
 def test_a_foreign_folder_that_we_would_misread_is_refused(tmp_path, change, what):
-    export_gpt2(loaded(), tmp_path / "hf", "gpt2")
+    export_hf(loaded(), tmp_path / "hf", "gpt2")
     file = tmp_path / "hf/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=what):
