@@ -22,6 +22,7 @@ def export_tokenizer(spec: str, out: Path) -> None:
     else:
         settings = _convert_sentencepiece(out)
     settings |= {"bos_token": settings["eos_token"], "pad_token": settings["eos_token"], "padding_side": "left"}
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # `generate(**tokens)` takes no token types
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

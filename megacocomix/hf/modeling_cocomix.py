@@ -9,7 +9,8 @@ V vocabulary.
 
 What is unusual: the cache keeps one row a token in every block. From `insertion_layer` on a row holds the keys of both
 slots side by side, [B, H, N, 2·D/H]. So every block's cache is as long as the text, which is what generation, beam
-search and cropping rely on, wherever the concepts are put in.
+search and cropping rely on, wherever the concepts are put in. With and without a cache the numbers agree to rounding;
+only where the last concept kept and the first one dropped score the same to rounding may the two keep different ones.
 """
 
 from dataclasses import dataclass

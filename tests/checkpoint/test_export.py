@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
 import tiny
 from megacocomix.checkpoint.hf import export_hf
@@ -27,6 +28,15 @@ def test_transformers_computes_the_same_logits_and_we_read_it_back_to_the_bit(tm
     back = load_model(tmp_path / "hf").model.state_dict()
     for name, tensor in source.model.state_dict().items():
         assert torch.equal(tensor, back[name]), name
+
+
+def test_in_bf16_transformers_reads_the_rounded_weights(tmp_path):
+    source = loaded()
+    proof = export_hf(source, tmp_path / "hf", "gpt2", "bfloat16")
+    assert proof.logit < 1e-5 and proof.rounding != 0
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
+    assert theirs.dtype == torch.bfloat16
+    assert torch.equal(theirs.transformer.wte.weight, source.model.embed.tokens.weight.bfloat16())
 
 
 def test_every_parameter_goes_to_the_published_names_and_back():

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 texts = json.loads(sys.argv[2])
 ids = tokenizer(texts)["input_ids"]
-padded = tokenizer(texts[:2], padding=True)["attention_mask"]
+padded = tokenizer(texts[:2], padding=True)
+assert set(padded) == {"input_ids", "attention_mask"}
 back = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
-print(json.dumps([ids, back, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer), padded]))
+print(json.dumps([ids, back, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer), padded["attention_mask"]]))
 """
 
 
