@@ -1,8 +1,11 @@
 #!/usr/bin/env python
-"""Convert a checkpoint of ours to a Hugging Face folder.
+"""Convert a checkpoint, and prove that it is the same model before it is called done.
 
-python tools/convert_checkpoint.py runs/demo --out demo-hf --to hf
-python tools/convert_checkpoint.py runs/teacher --out teacher-hf --to hf --dtype bfloat16
+python tools/convert_checkpoint.py runs/demo --out demo-hf --to hf --dtype bfloat16
+python tools/convert_checkpoint.py gpt2-hf --out gpt2 --to native
+
+What SOURCE is shows in its files: a run or a checkpoint of ours, a folder of Hugging Face GPT-2, of the published
+CoCoMix code, of Megatron-LM (mp_rank_*) or of DeepSpeed ZeRO. Options below the line say what a source does not.
 """
 
 import argparse
@@ -11,25 +14,63 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megacocomix.checkpoint.convert.recognise import open_source
+from megacocomix.checkpoint.convert.sources import Hints
+from megacocomix.checkpoint.convert.write import check_absent, write_native, write_reference
 from megacocomix.checkpoint.hf import export_hf
 from megacocomix.errors import UserError, run_cli
 from megacocomix.model.load import load_model
+from megacocomix.training.run_folder import code_version
 
 
 def main() -> None:
     """Parse the command line, convert, print the proof."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="a run folder or a checkpoint folder of ours")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make; never overwritten")
+    parser.add_argument("source", metavar="SOURCE", help="a folder of any kind above")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make; never overwritten")
     parser.add_argument(
-        "--to", required=True, choices=["hf"], help="hf: GPT2LMHeadModel, or CocomixForCausalLM with its code"
+        "--to",
+        required=True,
+        choices=["native", "hf", "reference"],
+        help="native: a checkpoint of ours; hf: transformers; reference: the published CoCoMix code",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights written")
+    parser.add_argument("--tokenizer", metavar="NAME", help="as data.tokenizer; to note, or for --to hf to copy")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights that --to hf writes"
+    )
+    hints = parser.add_argument_group("what a source may not say")
+    hints.add_argument(
+        "--insertion-layer", type=int, metavar="N", help="block (0-based) that the concepts stand before"
+    )
+    hints.add_argument("--num-kept", type=int, metavar="K", help="predicted concepts kept")
+    hints.add_argument("--num-heads", type=int, metavar="N", help="attention heads")
+    hints.add_argument("--vocab-size", type=int, metavar="N", help="vocabulary without padding (Megatron-LM)")
     options = parser.parse_args()
+    check_absent(options.out)
+    if options.to == "hf":
+        return _to_hf(options)
+    fields = ("insertion_layer", "num_kept", "num_heads", "vocab_size")
+    source = open_source(options.source, Hints(**{field: getattr(options, field) for field in fields}))
+    if options.to == "native":
+        difference = write_native(source, options.out, options.tokenizer or "", code_version())
+    else:
+        difference = write_reference(source, options.out)
+    runs_as = "our modules" if source.read_theirs is None else "transformers' GPT-2 blocks"
+    print(f"{source.path}: {source.kind}, run on {runs_as}")
+    print(
+        f"{source.path} → {options.out}: max |Δlogit| {difference.logit:.1e}, Δloss {difference.loss:.1e} "
+        f"over {difference.num_tokens} tokens"
+    )
+
+
+def _to_hf(options: argparse.Namespace) -> None:
     source = load_model(options.source)
     if source.config is None:
         raise UserError(f"{options.source} is a Hugging Face folder already.")
-    proof = export_hf(source, options.out, source.config.data.tokenizer, options.dtype)
+    tokenizer = options.tokenizer or source.config.data.tokenizer
+    if not tokenizer:
+        raise UserError(f"{options.source} does not say its tokenizer: give --tokenizer.")
+    proof = export_hf(source, options.out, tokenizer, options.dtype)
     rounding = f"; rounded to bfloat16, the loss moved by {proof.rounding:+.1e}" if options.dtype == "bfloat16" else ""
     print(
         f"{source.path} → {options.out}: max |Δlogit| {proof.logit:.1e}, Δloss {proof.loss:.1e} over "

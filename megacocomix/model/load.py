@@ -121,7 +121,7 @@ def _load_ours(folder: Path) -> LoadedModel:
 
 
 def _load_hf(folder: Path) -> LoadedModel:
-    shape = _hf_shape(folder)
+    shape = hf_shape(folder)
     weights = folder / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{weights} does not exist: save the teacher with safetensors in one file.")
@@ -138,7 +138,8 @@ def _load_hf(folder: Path) -> LoadedModel:
     return LoadedModel(model, shape, None, file_sha256(weights), folder)
 
 
-def _hf_shape(folder: Path) -> ModelConfig:
+def hf_shape(folder: Path) -> ModelConfig:
+    """The sizes in a Hugging Face folder's config.json. Raises UserError where it is not a GPT-2 that we can run."""
     try:
         values = dict(json.loads((folder / "config.json").read_bytes()))
         return _checked_hf_shape(folder, values)

@@ -1,0 +1,1 @@
+"""Checkpoints from elsewhere → ours, ours → the published code's folders, proved to be the same model."""

@@ -1,0 +1,87 @@
+"""Named tensors in safetensors files, read and written one at a time: never more than one of them in memory."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megacocomix.errors import UserError
+from megacocomix.files import file_sha256
+
+
+class SafetensorFiles:
+    """The tensors of one or several files under the names they have there."""
+
+    def __init__(self, files: Iterable[Path]):
+        """Open all and read their headers. Raises UserError where one is damaged."""
+        self.files = list(files)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
+        self._where = {}
+        for path in self.files:
+            try:
+                file = safe_open(path, "pt")
+                self.metadata |= file.metadata() or {}
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    tensor = file.get_slice(name)
+                    self._where[name] = path, file
+                    self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged or not a safetensors file: {error}.") from None
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._where[name][0]
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor as it is stored."""
+        return self._where[name][1].get_tensor(name)
+
+
+def sharded_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names. Raises UserError where one is
+    missing."""
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} does not exist: save the model with safetensors.")
+        return [folder / name]
+    try:
+        found = {name: str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index} is damaged: it does not say which file holds which tensor.") from None
+    shards = [folder / Path(shard).name for shard in sorted(set(found.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            lost = min(name for name, file in found.items() if Path(file).name == shard.name)
+            raise UserError(f"{shard} does not exist, but {index.name} says it holds {lost}.")
+    return shards
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict:
+    """Write the tensors that `read` gives, in fp32, one after the other; returns size and SHA-256 of the file.
+
+    safetensors' own save_file wants all of them in memory at once. Raises UserError where a tensor is not of the shape
+    that was announced.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = read(name)
+            if tensor.shape != torch.Size(shape):
+                raise UserError(f"{path}: {name} is of shape {list(tensor.shape)}, expected {list(shape)}.")
+            file.write(memoryview(tensor.float().contiguous().numpy()).cast("B"))
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -1,0 +1,114 @@
+"""A source → a checkpoint folder of ours, or a folder as the published code's save_pretrained leaves it.
+
+Written aside, run against the source on the same tokens, and only then renamed.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from megacocomix.checkpoint.convert.proof import Difference, measure
+from megacocomix.checkpoint.convert.recognise import open_source
+from megacocomix.checkpoint.convert.sources import Source, neutral_config, theirs_of
+from megacocomix.checkpoint.convert.tensors import write_safetensors
+from megacocomix.checkpoint.store import TrainingState
+from megacocomix.errors import UserError
+from megacocomix.files import write_json
+from megacocomix.model.gpt2 import LAYER_NORM_EPS
+from megacocomix.model.hf_names import hf_name, to_hf
+from megacocomix.model.load import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CHECKPOINT_VERSION
+
+
+def write_native(source: Source, out: Path, tokenizer: str, code: dict) -> Difference:
+    """A checkpoint of ours at step 0, without optimizer states: something to evaluate, teach, or begin from. `code` is
+    the code version to note. Raises UserError, leaving nothing behind."""
+    config = source.config or neutral_config(source.shape, source.concepts, tokenizer)
+    manifest = {
+        "format": CHECKPOINT_FORMAT,
+        "version": CHECKPOINT_VERSION,
+        "state": vars(TrainingState()),
+        "config": config.model_dump(mode="json"),
+        "code": code,
+        "inputs": {},
+        "converted_from": {"kind": source.kind, "path": str(source.path), "sha256": source.sha256},
+    }
+
+    def write(folder: Path) -> None:
+        name = "weights-00000.safetensors"
+        manifest["files"] = {name: write_safetensors(folder / name, source.shapes, source.read)}
+        write_json(folder / CHECKPOINT_FILE, manifest)
+
+    return _write_proved(source, out, write)
+
+
+def write_reference(source: Source, out: Path) -> Difference:
+    """config.json, model.safetensors and config.yaml, as the published code reads them. Raises UserError, leaving
+    nothing behind."""
+    shape, concepts = source.shape, source.concepts
+    if concepts is None:
+        raise UserError(f"{source.path} has no concept module; the published code reads it as Hugging Face's: --to hf.")
+    # As save_pretrained leaves it: GPT-2's own settings, and nothing about concepts.
+    config = {
+        "architectures": ["GPT2CoCoMixLMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "n_layer": shape.num_layers,
+        "n_embd": shape.hidden_size,
+        "n_head": shape.num_heads,
+        "n_positions": shape.context,
+        "n_ctx": shape.context,
+        "vocab_size": shape.vocab_size,
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "attn_pdrop": shape.dropout,
+        "embd_pdrop": shape.dropout,
+        "resid_pdrop": shape.dropout,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+    }
+    settings = {
+        "mode": "cocomix",
+        "base_model": "openai-community/gpt2",
+        "n_embd": shape.hidden_size,
+        "n_layer": shape.num_layers,
+        "n_head": shape.num_heads,
+        "vocab_size": shape.vocab_size,
+        "block_size": shape.context,
+        "concept_dim": concepts.num_concepts,
+        "insert_layer_index": concepts.insertion_layer,
+        "concept_num": concepts.num_kept,
+    }
+    ours = {hf_name(name): name for name in source.shapes}
+    read = lambda name: to_hf(ours[name], source.read(ours[name]), shape.num_heads)[1]
+
+    def write(folder: Path) -> None:
+        write_json(folder / "config.json", config)
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        write_safetensors(folder / "model.safetensors", theirs_of(source.shapes, shape.num_heads), read)
+
+    return _write_proved(source, out, write)
+
+
+def _write_proved(source: Source, out: Path, write: Callable[[Path], None]) -> Difference:
+    partial = out.with_name(f".{out.name}.partial")
+    check_absent(out)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        difference = measure(source, open_source(partial))
+        difference.check(f"{source.path} → {out}")
+        os.rename(partial, out)
+    except OSError as error:
+        raise UserError(f"{source.path} → {out} was not written: {error}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return difference
+
+
+def check_absent(out: Path) -> None:
+    """Raises UserError where --out is taken."""
+    if out.exists():
+        raise UserError(f"--out {out} exists already; choose another folder.")
