@@ -137,6 +137,10 @@ class TrainingConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: selective recomputes each block's attention in the backward pass, full the whole
     block."""
+    init: str | None = None
+    """Weights to begin with where the run has no checkpoint yet: a run or checkpoint of ours, or any folder that
+    tools/convert_checkpoint.py reads. A cocomix student may begin from a plain GPT-2: its concept module is then drawn.
+    null means all are drawn."""
     seed: NonNegative = 22
     """Seeds weights, sample order and dropout."""
 

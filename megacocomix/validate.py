@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 import torch
 
+from megacocomix.checkpoint.convert.begin import open_init
+from megacocomix.checkpoint.convert.sources import Source
 from megacocomix.config import Config
 from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
@@ -17,19 +19,23 @@ from megacocomix.teacher.labels import ConceptLabeler, open_labeler
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: its two splits, and who labels them (None without concepts)."""
+    """What a run reads: its two splits, who labels them (None without concepts), and the weights to begin with (None
+    where they are drawn)."""
 
     train: TokenDataset
     valid: TokenDataset
     labeler: ConceptLabeler | None
     vocab_size: int
     """Tokens are below this: the smaller of the model's and the teacher's vocabulary."""
+    init: Source | None = None
 
     def identity(self) -> dict[str, str]:
         """Hashes of everything read, whatever it is called: a run goes on only on the same."""
         found = {"data.train": self.train.shards.fingerprint, "data.valid": self.valid.shards.fingerprint}
         if self.labeler:
             found |= {"teacher.model": self.labeler.teacher.sha256, "teacher.sae": self.labeler.sae.sha256}
+        if self.init:
+            found["training.init"] = self.init.sha256
         return found
 
 
@@ -68,12 +74,13 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
                     f"data.{split} has a vocabulary of {dataset.shards.vocab_size}, but the teacher one of "
                     f"{labeler.teacher.vocab_size}: both must be of one tokenizer."
                 )
+    init = attempt(open_init, config)
     limit = min(config.model.vocab_size, labeler.teacher.vocab_size if labeler else config.model.vocab_size)
     if splits.get("valid"):
         attempt(_check_validation_tokens, splits["valid"], config, limit)
     if problems:
         raise UserError(*problems)
-    return Inputs(**splits, labeler=labeler, vocab_size=limit)
+    return Inputs(**splits, labeler=labeler, vocab_size=limit, init=init)
 
 
 def _problems(config: Config, world: int):

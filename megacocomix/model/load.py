@@ -44,9 +44,9 @@ def load_model(path: str | Path) -> LoadedModel:
     if not path.is_dir():
         raise UserError(f"model folder {path} does not exist.")
     if (path / "checkpoints").is_dir():
-        return _load_latest(path)
+        return _load_ours(latest_checkpoint(path), verify=False)
     if (path / CHECKPOINT_FILE).is_file():
-        return _load_ours(path)
+        return _load_ours(path, verify=True)
     if (path / "config.json").is_file():
         return _load_hf(path)
     raise UserError(f"{path} holds no model: expected a run, a checkpoint of ours or a Hugging Face GPT-2 folder.")
@@ -56,6 +56,22 @@ def list_checkpoints(run: str | Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first: only these carry their final name."""
     complete = [path for path in Path(run).glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest_checkpoint(run: str | Path) -> Path:
+    """The newest sound checkpoint of a run, all of it compared with its hashes; damaged ones are walked past, and said.
+    Raises UserError where there is none."""
+    problems = []
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            read_checkpoint_manifest(folder, verify=True)
+            return folder
+        except UserError as error:
+            problems += error.problems
+            log.warning("walking past %s: %s", folder, error)
+    if problems:
+        raise UserError(*problems, f"No checkpoint of {run} is sound.")
+    raise UserError(f"{run} holds no checkpoint yet.")
 
 
 def read_checkpoint_manifest(folder: Path, verify: bool = False) -> dict:
@@ -102,20 +118,8 @@ def load_weights(model: GPT2, folder: Path) -> str:
     return hashlib.sha256("".join(weights[name] for name in sorted(weights)).encode()).hexdigest()
 
 
-def _load_latest(run: Path) -> LoadedModel:
-    """The newest sound checkpoint of a run; damaged ones are walked past, and said."""
-    problems = []
-    for folder in reversed(list_checkpoints(run)):
-        try:
-            return _load_ours(folder)
-        except UserError as error:
-            problems += error.problems
-            log.warning("walking past %s: %s", folder, error)
-    raise UserError(*(problems or [f"{run} holds no checkpoint yet."]))
-
-
-def _load_ours(folder: Path) -> LoadedModel:
-    config = build_config(read_checkpoint_manifest(folder, verify=True)["config"], f"{folder}/{CHECKPOINT_FILE}")
+def _load_ours(folder: Path, verify: bool) -> LoadedModel:
+    config = build_config(read_checkpoint_manifest(folder, verify)["config"], f"{folder}/{CHECKPOINT_FILE}")
     model = assemble(config)
     return LoadedModel(model, config.model, config, load_weights(model, folder), folder)
 

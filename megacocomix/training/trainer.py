@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megacocomix.checkpoint.convert.begin import first_value, say_init
 from megacocomix.checkpoint.store import StoredTensors, TrainingState, load_checkpoint
 from megacocomix.checkpoint.writer import CheckpointWriter
 from megacocomix.config import Config, dump_config
@@ -21,8 +22,7 @@ from megacocomix.data.tokens import check_token_ids
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
 from megacocomix.evaluation.perplexity import perplexity, validation_batches
 from megacocomix.model.flops import student_flops
-from megacocomix.model.gpt2 import initial_value
-from megacocomix.model.load import list_checkpoints, read_checkpoint_manifest
+from megacocomix.model.load import latest_checkpoint, list_checkpoints, read_checkpoint_manifest
 from megacocomix.model.losses import count_labelled, next_token_targets
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.pipeline import MicroBatch, Pipeline
@@ -133,8 +133,7 @@ class Trainer:
         build = partial(build_optimizer, config=config.optimizer)
         checkpoint = self._choose_checkpoint()
         if checkpoint is None:
-            seed, num_layers = config.training.seed, config.model.num_layers
-            start = lambda name: initial_value(name, shapes[name], seed, num_layers)
+            start = lambda name: first_value(name, shapes[name], config, self.inputs.init)
             return Engine(self.stages, start, build, config, self.grid), TrainingState()
         with all_or_none():
             stored = StoredTensors(checkpoint)
@@ -146,18 +145,11 @@ class Trainer:
     def _choose_checkpoint(self) -> Path | None:
         """The newest sound checkpoint; those that are damaged are walked past, and said. Rank 0 looks: a shared file
         system may show the others an older state, and one reader is enough to compare all files with their hashes."""
-        chosen, problems = [None, None], []
-        if self.runtime.is_main:
-            for checkpoint in reversed(list_checkpoints(self.run)):
-                try:
-                    chosen = [checkpoint, read_checkpoint_manifest(checkpoint, verify=True)["inputs"]]
-                    break
-                except UserError as error:
-                    problems += error.problems
-                    log.warning("walking past %s: %s", checkpoint, error)
+        chosen = [None, None]
         with all_or_none():
-            if problems and chosen[0] is None:
-                raise UserError(*problems, f"No checkpoint of {self.run} is sound. Choose another folder: run=PATH.")
+            if self.runtime.is_main and list_checkpoints(self.run):
+                checkpoint = latest_checkpoint(self.run)
+                chosen = [checkpoint, read_checkpoint_manifest(checkpoint)["inputs"]]
         dist.broadcast_object_list(chosen, src=0)
         checkpoint, stored = chosen
         changed = [key for key in sorted(stored or {}) if stored[key] != self.identity.get(key)]
@@ -368,6 +360,8 @@ class Trainer:
         )
         for warning in layout_warnings(config, self.runtime.world):
             self._say(f"warning: {warning}")
+        if self.inputs.init and not state.step:
+            self._say(say_init(config, self.inputs.init))
         if state.step:
             self._say(
                 f"{'finished already' if state.step >= self.last_step else 'resuming'}: {state.step} steps are saved"
