@@ -142,20 +142,22 @@ def _load_hf(folder: Path) -> LoadedModel:
     return LoadedModel(model, shape, None, file_sha256(weights), folder)
 
 
-def hf_shape(folder: Path) -> ModelConfig:
-    """The sizes in a Hugging Face folder's config.json. Raises UserError where it is not a GPT-2 that we can run."""
+def hf_shape(folder: Path, model_types: tuple[str, ...] = ("gpt2",)) -> ModelConfig:
+    """The sizes in a Hugging Face folder's config.json. Raises UserError where it is not a GPT-2 that we can run, or
+    of another type."""
     try:
         values = dict(json.loads((folder / "config.json").read_bytes()))
-        return _checked_hf_shape(folder, values)
+        return _checked_hf_shape(folder, values, model_types)
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder}/config.json is damaged, or lacks a size of the model ({error!r:.80}).") from None
 
 
-def _checked_hf_shape(folder: Path, values: dict) -> ModelConfig:
-    if values.get("model_type") != "gpt2":
-        raise UserError(f"{folder} is a {values.get('model_type')} model; only gpt2 can be read.")
+def _checked_hf_shape(folder: Path, values: dict, model_types: tuple[str, ...]) -> ModelConfig:
+    if values.get("model_type") not in model_types:
+        valid = " or ".join(model_types)
+        raise UserError(f"{folder} is a {values.get('model_type')} model; only {valid} can be read here.")
     expected = {
         "activation_function": "gelu_new",
         "n_inner": None,

@@ -253,6 +253,17 @@ def test_a_folder_that_would_not_be_the_same_model_is_not_left_behind(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_exported_folder_becomes_ours_again_to_the_bit(folders, tmp_path):
+    from megacocomix.checkpoint.convert.recognise import open_source
+    from megacocomix.checkpoint.convert.write import write_native
+    from megacocomix.model.load import load_model
+
+    write_native(open_source(folders(SECOND)), tmp_path / "again", "gpt2", {})
+    again, source = load_model(tmp_path / "again").model, student(SECOND).model
+    assert again.insertion_layer == SECOND
+    assert all(torch.equal(parameter, source.get_parameter(name)) for name, parameter in again.named_parameters())
+
+
 def test_saved_again_by_transformers_it_is_the_same(exported, tmp_path):
     exported.save_pretrained(tmp_path)
     again = CocomixForCausalLM.from_pretrained(tmp_path).eval()

@@ -4,6 +4,7 @@ A source is recognised by its files:
 
 - a run or a checkpoint of ours (`checkpoints/`, `checkpoint.json`);
 - a Hugging Face GPT-2 folder (`config.json`, `model.safetensors` whole or in shards);
+- a folder that `--to hf` made of a model with concepts (model_type cocomix);
 - a folder of the published CoCoMix code: the same with `transformer.concept_predictor` in it. Its config.json does not
   know of concepts; they stand in `config.yaml` there or one folder up, else in the hints;
 - a Megatron-LM checkpoint in the legacy layout (`mp_rank_XX/model_optim_rng.pt`), see megatron.py;

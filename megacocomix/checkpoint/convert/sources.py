@@ -4,6 +4,7 @@ All tensors are found and of the right shape before the first is read.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,9 +177,13 @@ def open_ours(folder: Path) -> Source:
 
 
 def open_hf(folder: Path, hints: Hints) -> Source:
-    """A Hugging Face GPT-2 folder, or one of the published code. Raises UserError."""
-    shape = hf_shape(folder)
+    """A Hugging Face GPT-2 folder, one of the published code, or one that we exported. Raises UserError."""
+    shape = hf_shape(folder, ("gpt2", "cocomix"))
     store = SafetensorFiles(sharded_files(folder))
+    values = json.loads((folder / "config.json").read_bytes())
+    if values["model_type"] == "cocomix":
+        hints = replace(hints, insertion_layer=values.get("insertion_layer"), num_kept=values.get("num_kept"))
+        return open_hf_named("Hugging Face CoCoMix", folder, store, shape, hints)
     return open_hf_named("Hugging Face GPT-2", folder, store, shape, _with_published_config(folder, hints))
 
 
