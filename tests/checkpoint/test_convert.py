@@ -16,7 +16,9 @@ from megacocomix.checkpoint.convert.proof import measure
 from megacocomix.checkpoint.convert.recognise import open_source
 from megacocomix.checkpoint.convert.sources import Hints
 from megacocomix.checkpoint.convert.write import write_native, write_reference
+from megacocomix.checkpoint.hf import export_hf
 from megacocomix.errors import UserError
+from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
 from megacocomix.model.load import load_model
 from processes import run_processes
 
@@ -66,6 +68,15 @@ def test_the_published_codes_folder_becomes_ours_and_goes_back_to_the_bit(tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "concept" not in (tmp_path / "back/config.json").read_text()
     assert open_source(tmp_path / "back").concepts == open_source(tmp_path / "published").concepts
+
+
+@torch.no_grad()
+def test_the_published_codes_weights_go_through_ours_to_hugging_face_with_the_same_logits(tmp_path, published):
+    tokens, expected = published
+    to_native(tmp_path / "published", tmp_path / "ours")
+    export_hf(load_model(tmp_path / "ours"), tmp_path / "hf", "gpt2")
+    theirs = CocomixForCausalLM.from_pretrained(tmp_path / "hf").eval()(tokens).logits
+    torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_concept_settings_come_from_flags_where_no_file_has_them(tmp_path, published):
