@@ -20,7 +20,7 @@ from megacocomix.data.hf_tokenizer import export_tokenizer
 from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.errors import UserError
 from megacocomix.model.gpt2 import INIT_STD, LAYER_NORM_EPS
-from megacocomix.model.hf_names import to_hf
+from megacocomix.model.hf_names import hf_name, to_hf
 from megacocomix.model.load import LoadedModel
 
 LOGIT_TOLERANCE, LOSS_TOLERANCE = 1e-4, 1e-5
@@ -78,8 +78,9 @@ def _write(source: LoadedModel, out: Path, tokenizer: str, dtype: str) -> None:
     parameters = dict(source.model.named_parameters())
     on_meta = (to_hf(name, parameter.to("meta"), num_heads) for name, parameter in parameters.items())
     shapes = {name: tensor.shape for name, tensor in on_meta}
-    tensors = (to_hf(name, parameter.detach(), num_heads)[1] for name, parameter in parameters.items())
-    write_safetensors(out / "model.safetensors", shapes, tensors, dtype)
+    ours = {hf_name(name): name for name in parameters}
+    read = lambda name: to_hf(ours[name], parameters[ours[name]].detach(), num_heads)[1]
+    write_safetensors(out / "model.safetensors", shapes, read, dtype)
 
 
 def _write_json(file: Path, values: dict) -> None:

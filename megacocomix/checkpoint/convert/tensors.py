@@ -1,16 +1,13 @@
-"""Named tensors in safetensors files, read and written one at a time: never more than one of them in memory."""
+"""Named tensors in safetensors files, read one at a time: never more than one of them in memory."""
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacocomix.errors import UserError
-from megacocomix.files import file_sha256
 
 
 class SafetensorFiles:
@@ -61,27 +58,3 @@ def sharded_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
             lost = min(name for name, file in found.items() if Path(file).name == shard.name)
             raise UserError(f"{shard} does not exist, but {index.name} says it holds {lost}.")
     return shards
-
-
-def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> dict:
-    """Write the tensors that `read` gives, in fp32, one after the other; returns size and SHA-256 of the file.
-
-    safetensors' own save_file wants all of them in memory at once. Raises UserError where a tensor is not of the shape
-    that was announced.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            tensor = read(name)
-            if tensor.shape != torch.Size(shape):
-                raise UserError(f"{path}: {name} is of shape {list(tensor.shape)}, expected {list(shape)}.")
-            file.write(memoryview(tensor.float().contiguous().numpy()).cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -13,8 +13,8 @@ import yaml
 from megacocomix.checkpoint.convert.proof import Difference, measure
 from megacocomix.checkpoint.convert.recognise import open_source
 from megacocomix.checkpoint.convert.sources import Source, neutral_config, theirs_of
-from megacocomix.checkpoint.convert.tensors import write_safetensors
 from megacocomix.checkpoint.store import TrainingState
+from megacocomix.checkpoint.stream import write_safetensors
 from megacocomix.errors import UserError
 from megacocomix.files import write_json
 from megacocomix.model.gpt2 import LAYER_NORM_EPS
