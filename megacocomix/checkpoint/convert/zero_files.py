@@ -10,8 +10,6 @@ import re
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
 from megacocomix.checkpoint.convert.pickles import allow_list, weights_only
@@ -89,6 +87,10 @@ class Joined:
     """fp32 weights as zero_to_fp32 joins them, each when it is read."""
 
     def __init__(self, folder: Path):
+        # Here: the import takes seconds and chooses an accelerator, which every command would wait for and read about.
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
         self.files = sorted(folder.glob("*.pt"))
         for file in self.files:
             if re.search(r"mp_rank_(?!00)\d+", file.name):
