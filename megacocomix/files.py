@@ -15,11 +15,14 @@ def file_sha256(path: str | Path) -> str:
 def write_text(file: Path, text: str) -> None:
     """Write it whole or not at all: a full disk or a kill leaves what was there before."""
     unfinished = file.with_name(file.name + ".new")
-    with open(unfinished, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, file)
+    try:
+        with open(unfinished, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_json(file: Path, value: dict) -> None:

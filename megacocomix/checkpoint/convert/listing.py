@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from megacocomix.checkpoint.convert.megatron import find_ranks
-from megacocomix.checkpoint.convert.pickles import load_pickle
 from megacocomix.checkpoint.convert.tensors import SafetensorFiles, sharded_files
 from megacocomix.checkpoint.convert.zero_files import Joined, find_partitions
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
 from megacocomix.model.load import CHECKPOINT_FILE, latest_checkpoint, read_checkpoint_manifest
+from megacocomix.pickles import load_pickle
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megacocomix.checkpoint.convert.pickles import load_pickle
 from megacocomix.checkpoint.convert.sources import (
     Hints,
     Source,
@@ -26,6 +25,7 @@ from megacocomix.checkpoint.convert.sources import (
 )
 from megacocomix.config import ModelConfig
 from megacocomix.errors import UserError
+from megacocomix.pickles import load_pickle
 
 WORDS = "embedding.word_embeddings.weight"
 OUTER = {

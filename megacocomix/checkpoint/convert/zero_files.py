@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megacocomix.checkpoint.convert.pickles import allow_list, weights_only
 from megacocomix.checkpoint.convert.sources import (
     Hints,
     Source,
@@ -25,6 +24,7 @@ from megacocomix.checkpoint.convert.sources import (
 from megacocomix.config import ModelConfig
 from megacocomix.errors import UserError
 from megacocomix.model.load import hf_shape
+from megacocomix.pickles import allow_list, weights_only
 
 
 def find_partitions(path: Path) -> Path | None:
