@@ -1,6 +1,7 @@
 # make demo     everything from nothing: set-up, data, a CoCoMix student and its control, a report (ten minutes on two cores)
 # make test     set-up and the test-suite
 # make lint     style
+# make bench    measure what docs/benchmarks.md shows, and write it there
 # make teacher  train the shipped teacher and autoencoder again, from nothing (about an hour on two cores)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test lint teacher docs clean
+.PHONY: setup demo test lint bench teacher docs clean
 
 setup: $(VENV)/.installed
 
@@ -37,6 +38,9 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python benchmarks/labelling.py --write docs/benchmarks.md
 
 teacher: setup
 	@bash launcher/teacher.sh

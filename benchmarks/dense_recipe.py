@@ -1,0 +1,30 @@
+"""Concept labels the plain way, as the published recipe describes them: everything dense, gradients of everything,
+fp32.
+
+Written to measure against; nothing else uses it. Where the published code does more than the recipe asks (it keeps the
+graph of the encoder, and its teacher has an attention without a fused kernel), this does less.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def label_densely(lm, sae: dict[str, torch.Tensor], layer: int, k: int, num_labels: int, tokens_BT):
+    """Labels int64 [B, T, num_labels] of a transformers GPT-2 and an autoencoder in OpenAI's layout, on the output of
+    block `layer`."""
+    lm.zero_grad()  # the published code never does: its teacher's gradients add up for ever
+    kept = []
+    hook = lm.transformer.h[layer].register_forward_hook(lambda _, __, output: kept.append(output))
+    logits_BTV = lm(tokens_BT, use_cache=False).logits
+    hook.remove()
+    hidden_BTD = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+    hidden_BTD.retain_grad()
+    F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten()).backward()
+    with torch.no_grad():
+        centred = hidden_BTD - hidden_BTD.mean(-1, keepdim=True)
+        normed = centred / (centred.std(-1, keepdim=True) + 1e-5)
+        pre_BTC = (normed - sae["pre_bias"]) @ sae["encoder.weight"].T + sae["latent_bias"]
+        top = pre_BTC.topk(k, dim=-1)
+        latents_BTC = torch.zeros_like(pre_BTC).scatter(-1, top.indices, top.values.relu())
+        attribution_BTC = (hidden_BTD.grad @ sae["decoder.weight"]) * latents_BTC
+        return attribution_BTC.topk(num_labels, dim=-1).indices
