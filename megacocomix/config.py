@@ -18,6 +18,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+LabelSource = Literal["attribution", "activation", "random"]
+LabelSign = Literal["positive", "negative", "absolute"]
 Location = Literal["resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn"]
 
 
@@ -60,13 +62,21 @@ class MethodConfig(Section):
     num_kept: Positive = 32
     """Predicted concepts K kept for the continuous concept (largest raw logits)."""
     num_labels: Positive = 4
-    """Concept labels K_attr a position, taken from the teacher's largest attributions."""
+    """Concept labels K_attr a position, taken from the concepts that are active in the teacher there."""
+    label_source: LabelSource = "attribution"
+    """What puts a concept first. attribution: how much its growth would change the teacher's loss. activation: how
+    strongly it is active (paper §3.3). random: nothing, which is the control."""
+    label_sign: LabelSign = "positive"
+    """Which attributions count. positive: of concepts that raise the teacher's loss (the published code). negative:
+    that lower it. absolute: either."""
+    label_end_of_text: bool = True
+    """Whether positions whose token is the tokenizer's end of text are labelled."""
     concept_weight: NonNegativeFloat = 0.1
     """Weight λ of the concept loss."""
     mask_unlabelled: bool | None = None
-    """Leave positions without a signal (the last of a window; fewer than num_labels positive attributions) out of the
-    concept loss. null means true, or false with method.match_reference (the reference trains on arbitrary indices
-    there)."""
+    """Leave positions without a signal (the last of a window; fewer than num_labels concepts on label_sign's side) out
+    of the concept loss. null means true, or false with method.match_reference (the reference trains on arbitrary
+    indices there)."""
     match_reference: bool = False
     """Follow the published code wherever we differ on purpose: the null defaults of model.dropout,
     method.mask_unlabelled and optimizer.decay take the reference's values. A value that is written out wins."""
@@ -76,15 +86,23 @@ class TeacherConfig(Section):
     """Where concept labels come from."""
 
     model: str
-    """Folder of the frozen teacher: Hugging Face GPT-2, or a run or checkpoint of ours."""
+    """Folder of the frozen teacher: a Hugging Face causal LM (safetensors), or a run or checkpoint of ours. Its size is
+    independent of the student's, its tokenizer is not. A name on Hugging Face's hub is downloaded once."""
     sae: str
-    """Sparse autoencoder on the teacher's residual stream: one safetensors file (tools/train_sae.py)."""
+    """Sparse autoencoder on the teacher's residual stream: one safetensors file (tools/train_sae.py,
+    tools/convert_sae.py)."""
     sae_layer: NonNegative = 5
     """Block (0-based) whose residual the autoencoder reads."""
     location: Location = "resid_post_mlp"
     """Where in that block: after the block, after its attention, or the MLP's or attention's own contribution."""
-    labels: Literal["live"] = "live"
-    """live: the teacher labels each batch during training."""
+    labels: str = "live"
+    """live: the teacher labels each batch during training. Else the folder of a label cache (tools/label_concepts.py);
+    windows that it does not hold are labelled live."""
+    windowed: bool = False
+    """Label a window longer than the teacher's context piece by piece, each piece by itself. false refuses such a
+    model.context."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """What the teacher computes in; attribution is fp32 in either. null means bf16 on a GPU, fp32 on a CPU."""
 
 
 class DataConfig(Section):

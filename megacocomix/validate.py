@@ -14,17 +14,18 @@ from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.parallel.grid import grid_problem
 from megacocomix.parallel.pipeline import bubble_fraction
-from megacocomix.teacher.labels import ConceptLabeler, open_labeler
+from megacocomix.teacher.labels import open_labeler
+from megacocomix.teacher.sources import ConceptLabels, open_labels
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: its two splits, who labels them (None without concepts), and the weights to begin with (None
-    where they are drawn)."""
+    """What a run reads: its two splits, where labels come from (None without concepts), and the weights to begin with
+    (None where they are drawn)."""
 
     train: TokenDataset
     valid: TokenDataset
-    labeler: ConceptLabeler | None
+    labels: ConceptLabels | None
     vocab_size: int
     """Tokens are below this: the smaller of the model's and the teacher's vocabulary."""
     init: Source | None = None
@@ -32,8 +33,8 @@ class Inputs:
     def identity(self) -> dict[str, str]:
         """Hashes of everything read, whatever it is called: a run goes on only on the same."""
         found = {"data.train": self.train.shards.fingerprint, "data.valid": self.valid.shards.fingerprint}
-        if self.labeler:
-            found |= {"teacher.model": self.labeler.teacher.sha256, "teacher.sae": self.labeler.sae.sha256}
+        if self.labels:
+            found |= {"teacher.model": self.labels.teacher_sha256, "teacher.sae": self.labels.sae_sha256}
         if self.init:
             found["training.init"] = self.init.sha256
         return found
@@ -62,25 +63,26 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
         if (shards := attempt(TokenShards.open, path)) is not None:
             problems.extend(_data_misfits(f"data.{split} {path}", shards, tokenizer, config))
             splits[split] = attempt(TokenDataset, shards, config.model.context, seed)
-    labeler = attempt(open_labeler, config, device) if config.concepts else None
-    if labeler and tokenizer and labeler.sae.info.get("tokenizer_sha256") not in (None, tokenizer.sha256):
-        problems.append(
-            f"teacher.sae {config.teacher.sae} was trained with another tokenizer than {config.data.tokenizer}."
-        )
-    if labeler:
+    labels = None
+    if config.concepts and tokenizer and splits.get("train"):
+        labels = attempt(open_labels, config, device, tokenizer.eot_id, splits["train"])
+    elif config.concepts:
+        attempt(open_labeler, config, device, 0)  # for what it has to say
+    limit = config.model.vocab_size
+    if labels and labels.labeler:
+        limit = min(limit, labels.labeler.teacher.vocab_size)
         for split, dataset in splits.items():
-            if dataset and (dataset.shards.vocab_size or 0) > labeler.teacher.vocab_size:
+            if dataset and (dataset.shards.vocab_size or 0) > limit:
                 problems.append(
-                    f"data.{split} has a vocabulary of {dataset.shards.vocab_size}, but the teacher one of "
-                    f"{labeler.teacher.vocab_size}: both must be of one tokenizer."
+                    f"data.{split} has a vocabulary of {dataset.shards.vocab_size}, but the teacher one of {limit}: "
+                    "both must be of one tokenizer."
                 )
     init = attempt(open_init, config)
-    limit = min(config.model.vocab_size, labeler.teacher.vocab_size if labeler else config.model.vocab_size)
     if splits.get("valid"):
         attempt(_check_validation_tokens, splits["valid"], config, limit)
     if problems:
         raise UserError(*problems)
-    return Inputs(**splits, labeler=labeler, vocab_size=limit, init=init)
+    return Inputs(**splits, labels=labels, vocab_size=limit, init=init)
 
 
 def _problems(config: Config, world: int):
@@ -100,6 +102,11 @@ def _problems(config: Config, world: int):
             yield f"method.num_kept {method.num_kept} exceeds num_concepts. Nearest valid: {method.num_concepts}."
         if config.teacher is None:
             yield "teacher is missing: method.name cocomix needs teacher.model and teacher.sae."
+        if method.label_sign != "positive" and method.label_source != "attribution":
+            yield (
+                f"method.label_sign {method.label_sign} chooses among attributions, but method.label_source is "
+                f"{method.label_source}. Use positive."
+            )
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr {optimizer.min_lr} exceeds lr. Nearest valid: {optimizer.lr}."
     if optimizer.warmup_steps > training.steps:

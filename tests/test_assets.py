@@ -10,9 +10,9 @@ from megacocomix.data.prepare import prepare_data
 from megacocomix.data.tokens import TokenDataset, TokenShards
 from megacocomix.evaluation.perplexity import evaluate_folder
 from megacocomix.files import file_sha256
-from megacocomix.teacher.gpt2 import load_teacher
-from megacocomix.teacher.sae import TopKSAE
-from megacocomix.teacher.sae_trainer import measure_sae
+from megacocomix.teacher.load import load_teacher
+from megacocomix.teacher.sae_file import load_sae
+from megacocomix.teacher.sae_measure import measure_sae
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def test_the_teacher_has_the_perplexity_of_its_card(root, valid, card):
 
 
 def test_the_autoencoder_has_the_fvu_of_its_card_and_was_trained_on_this_teacher(root, valid, card):
-    sae = TopKSAE.load(root / "assets/teacher/sae.safetensors")
+    sae = load_sae(root / "assets/teacher/sae.safetensors")
     teacher = load_teacher(root / "assets/teacher", sae.info["sae_layer"], sae.info["location"])
     assert sae.info["teacher_sha256"] == teacher.sha256 == file_sha256(root / "assets/teacher/model.safetensors")
     assert f"{sae.info['measured']['fvu_standardized']:.4f}" == re.search(r"FVU\), standardised \| ([\d.]+)", card)[1]

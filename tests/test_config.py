@@ -36,7 +36,17 @@ def problems(path, *overrides, world=2):
 
 @pytest.mark.parametrize(
     ("name", "world"),
-    [("tiny", 1), ("tiny", 2), ("teacher", 1), ("teacher", 2), ("69m", 1), ("69m", 8), ("386m", 64), ("1.38b", 128)],
+    [
+        ("tiny", 1),
+        ("tiny", 2),
+        ("teacher", 1),
+        ("teacher", 2),
+        ("69m", 1),
+        ("69m", 8),
+        ("386m", 64),
+        ("386m-openwebmath", 64),
+        ("1.38b", 128),
+    ],
 )
 def test_every_shipped_recipe_is_valid(root, name, world):
     check_config(load_config(root / f"configs/{name}.yaml"), world)

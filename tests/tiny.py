@@ -6,7 +6,8 @@ import torch
 from megacocomix.config import ModelConfig, build_config
 from megacocomix.model.gpt2 import GPT2, initialise
 from megacocomix.model.load import LoadedModel
-from megacocomix.teacher.sae import TopKSAE
+from megacocomix.teacher.sae import SAE, SAEForm
+from megacocomix.teacher.sae_file import save_sae
 
 VOCAB, CONTEXT, LATENTS = 97, 16, 62  # the first and the last divide by no number of tensor ranks, but 62 by 2
 SHAPE = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "context": CONTEXT, "vocab_size": VOCAB}
@@ -21,7 +22,7 @@ def write_tokens(path, num_tokens, seed=0):
 
 
 def make_teacher(folder):
-    """A random GPT-2 in Hugging Face's format."""
+    """A random GPT-2 in Hugging Face's format, without a tokenizer: its tokens are nobody's."""
     from megacocomix.checkpoint.hf import export_hf
 
     shape = ModelConfig(**SHAPE | {"hidden_size": 24}, dropout=0.0)
@@ -31,15 +32,18 @@ def make_teacher(folder):
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.dim() > 1 else 1)  # so that gradients differ between positions
     export_hf(LoadedModel(model, shape, None, "", folder), folder, "gpt2")
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
 
 
 def make_sae(file, width=24, latents=LATENTS, k=8, **info):
     generator = torch.Generator().manual_seed(3)
-    sae = TopKSAE(width, latents, k)
+    sae = SAE(width, latents, SAEForm(k=k))
     with torch.no_grad():
         sae.encoder.normal_(generator=generator)
         sae.decoder.copy_(torch.nn.functional.normalize(sae.encoder, dim=-1))
-    sae.save(file, info)
+    save_sae(sae, file, info)
 
 
 def make_inputs(folder):

@@ -1,34 +1,65 @@
 """Train the sparse autoencoder that names a teacher's concepts, on the teacher's residual over token shards."""
 
 import argparse
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacocomix.config import Location
-from megacocomix.errors import run_cli
-from megacocomix.teacher.sae_job import SAEJob, run_sae_job
+from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, run_cli, say_problems
+from megacocomix.evaluation.sae_plot import plot_sae_training
+from megacocomix.parallel.runtime import all_or_none, start_runtime, stop_runtime
+from megacocomix.teacher.sae_job import SAEJob, SAERun
 
 EXAMPLE = """example:
   python tools/train_sae.py --teacher teachers/gpt2 --data data/openwebtext/train --valid data/openwebtext/valid \\
       --layer 5 --latents 32768 --k 32 --out saes/gpt2-layer5.safetensors
 
-Windows are as long as the teacher's context. Beside FILE, FILE.jsonl logs the training."""
+  torchrun --nproc-per-node 8 tools/train_sae.py …      each process takes its part of every batch
+
+Windows are as long as the teacher's context. Beside FILE, FILE.jsonl logs the training and FILE.png shows it. The same
+command goes on from FILE.resume where it was stopped; exit code 75 says that a signal did."""
 
 
-def main() -> None:
-    """Parse the command line, train, print what was measured."""
+def main() -> int:
+    """Parse the command line, train, plot, print what was measured."""
     job = SAEJob(**vars(parse_arguments()))
-    measured = run_sae_job(job)
+    # Only several processes have to meet; one needs none of it.
+    runtime = start_runtime() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = (runtime.device, runtime.rank, runtime.world) if runtime else (device,)
+    with all_or_none() if runtime else nullcontext():
+        run = SAERun(job, *place)
+    try:
+        is_finished = run.train()
+    except UserError as error:
+        if error.problems:  # of this rank alone
+            say_problems(error)
+        return EXIT_USER
+    if runtime:
+        stop_runtime()  # the others need not wait for what rank 0 still does
+        if not runtime.is_main:
+            return EXIT_FINISHED if is_finished else EXIT_REQUEUE
+    if not is_finished:
+        print(f"stopped on a signal: saved in {job.resume}, start the same command again to go on", flush=True)
+        return EXIT_REQUEUE
+    measured = run.finish()
+    plot_sae_training(job.log, Path(f"{job.out}.png"))
     print(
         f"variance unexplained {measured['fvu_standardized']:.4f} standardised, {measured['fvu']:.4f} raw\n"
         f"L0 {measured['l0']:.1f}, dead {measured['dead_fraction']:.1%} (on none of these tokens), "
         f"{measured['dead_fraction_training']:.1%} (silent for {measured['dead_after_tokens']:,} of training)\n"
         f"teacher's loss {measured['loss']:.4f}; {measured['loss_reconstructed']:.4f} through the autoencoder, "
-        f"{measured['loss_zeroed']:.4f} through zeros: {measured['loss_recovered']:.1%} recovered\n{job.out}"
+        f"{measured['loss_zeroed']:.4f} through zeros: {measured['loss_recovered']:.1%} recovered\n"
+        f"{job.out}\n{job.out}.png"
     )
+    return EXIT_FINISHED
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +67,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", required=True, metavar="DIR", help="Hugging Face GPT-2 folder or a run of ours")
+    parser.add_argument(
+        "--teacher", required=True, metavar="DIR", help="Hugging Face causal LM (safetensors) or a run of ours"
+    )
     parser.add_argument("--data", required=True, metavar="DIR", help="token shards to train on")
     parser.add_argument("--valid", metavar="DIR", help="token shards to measure on (default: 5 %% of --data)")
     parser.add_argument("--layer", required=True, type=int, metavar="L", help="block whose residual is read, from 0")
@@ -47,6 +80,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10_000, metavar="N", help="optimizer steps (default %(default)s)")
     parser.add_argument("--batch-rows", type=int, default=4096, metavar="N", help="tokens a step (default %(default)s)")
     parser.add_argument("--lr", type=float, metavar="X", help="largest learning rate (default: 2e-4 / sqrt(C / 16384))")
+    parser.add_argument(
+        "--resample-every",
+        type=int,
+        metavar="N",
+        help="steps after which dead latents start again (default: a fifth; 0 never)",
+    )
+    parser.add_argument("--save-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     return parser.parse_args()
 

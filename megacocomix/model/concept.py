@@ -13,14 +13,14 @@ from torch import nn
 STANDARDIZE_EPS = 1e-5
 
 
-def standardize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def standardize(x: torch.Tensor, eps: float = STANDARDIZE_EPS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[…, D] → (x̂ […, D], mean […, 1], std […, 1]), all fp32: unbiased std, eps added to the std and not under its
     root."""
     x = x.float()
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
     std = centred.std(-1, keepdim=True)
-    return centred / (std + STANDARDIZE_EPS), mean, std
+    return centred / (std + eps), mean, std
 
 
 def interleave(x_BTD: torch.Tensor, concept_BTD: torch.Tensor) -> torch.Tensor:

@@ -13,16 +13,16 @@ def linear_flops(model: ModelConfig) -> float:
     return 2 * 12 * model.hidden_size**2
 
 
-def attention_flops(model: ModelConfig, positions: int) -> float:
+def attention_flops(width: int, positions: int) -> float:
     """Forward FLOPs of one block's attention for one position among `positions`."""
-    return 4 * positions * model.hidden_size
+    return 4 * positions * width
 
 
 def block_flops(config: Config, index: int) -> float:
     """Forward FLOPs a token of one block; from insertion_layer on a block runs on 2T positions."""
     model = config.model
     per_token = 2 if config.concepts and index >= config.method.insertion_layer else 1
-    return per_token * (linear_flops(model) + attention_flops(model, per_token * model.context))
+    return per_token * (linear_flops(model) + attention_flops(model.hidden_size, per_token * model.context))
 
 
 def concept_flops(config: Config) -> float:

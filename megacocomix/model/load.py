@@ -115,7 +115,28 @@ def load_weights(model: GPT2, folder: Path) -> str:
                 parameters.pop(name).copy_(file.get_tensor(name))
     if parameters:
         raise UserError(f"{folder} lacks {' '.join(sorted(parameters))}.")
-    return hashlib.sha256("".join(weights[name] for name in sorted(weights)).encode()).hexdigest()
+    return _joined_sha256(weights)
+
+
+def weights_sha256(path: str | Path) -> str:
+    """What `load_model(path).sha256` would be, without loading; of any Hugging Face folder in safetensors too. Raises
+    UserError where there are no weights."""
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        path = latest_checkpoint(path)
+    if (path / CHECKPOINT_FILE).is_file():
+        files = read_checkpoint_manifest(path)["files"]
+        return _joined_sha256({n: entry["sha256"] for n, entry in files.items() if n.startswith("weights-")})
+    files = sorted(path.glob("*.safetensors")) if (path / "config.json").is_file() else []
+    if (path / "model.safetensors").is_file():
+        return file_sha256(path / "model.safetensors")
+    if not files:
+        raise UserError(f"{path} holds no model: expected a run, a checkpoint of ours or a Hugging Face folder.")
+    return _joined_sha256({file.name: file_sha256(file) for file in files})
+
+
+def _joined_sha256(hashes: dict[str, str]) -> str:
+    return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
 
 
 def _load_ours(folder: Path, verify: bool) -> LoadedModel:
@@ -151,7 +172,9 @@ def hf_shape(folder: Path, model_types: tuple[str, ...] = ("gpt2",)) -> ModelCon
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder}/config.json is damaged, or lacks a size of the model ({error!r:.80}).") from None
+        raise UserError(
+            f"{folder}/config.json is damaged, or lacks a size of the model ({' '.join(repr(error).split()):.80})."
+        ) from None
 
 
 def _checked_hf_shape(folder: Path, values: dict, model_types: tuple[str, ...]) -> ModelConfig:

@@ -4,7 +4,7 @@ The next-token loss is the case K = 1; the concept loss (paper Eq. 2) is the mea
 cross-entropies, which share their normaliser. N rows, V classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -32,7 +32,7 @@ class _LabelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_NV, labels_NK, first_class, join):
         log_sum_N = torch.empty(logits_NV.shape[0], device=logits_NV.device)
-        for rows in _chunks(logits_NV):
+        for rows in row_chunks(*logits_NV.shape):
             log_sum_N[rows] = logits_NV[rows].float().logsumexp(-1)
         place_NK = labels_NK - first_class
         is_here_NK = (place_NK >= 0) & (place_NK < logits_NV.shape[1])
@@ -50,16 +50,58 @@ class _LabelCrossEntropy(torch.autograd.Function):
         scale_N1 = torch.where(is_labelled_N, grad.float(), 0.0)[:, None]
         share_NK = torch.where(is_here_NK, -scale_N1 / place_NK.shape[1], 0.0)
         grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
-        for rows in _chunks(logits_NV):
+        for rows in row_chunks(*logits_NV.shape):
             softmax = (logits_NV[rows].float() - log_sum_N[rows, None]).exp_()
             softmax.mul_(scale_N1[rows]).scatter_add_(1, place_NK[rows], share_NK[rows])
             grad_NV[rows] = softmax
         return grad_NV, None, None, None
 
 
-def _chunks(logits_NV):
-    rows = max(1, CHUNK_ELEMENTS // logits_NV.shape[1])
-    return (slice(start, start + rows) for start in range(0, logits_NV.shape[0], rows))
+def row_chunks(num_rows: int, elements_per_row: int) -> Iterator[slice]:
+    """Slices of at most CHUNK_ELEMENTS elements, whole rows, that cover all rows. Powers of two divide the windows they
+    cut, so that each window is cut alike wherever it stands in a batch."""
+    rows = 1 << max(1, CHUNK_ELEMENTS // elements_per_row).bit_length() - 1
+    return (slice(start, start + rows) for start in range(0, num_rows, rows))
+
+
+def frozen_head_loss(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
+) -> torch.Tensor:
+    """Sum over rows of −log softmax(hidden · weightᵀ + bias)[target], an fp32 scalar, differentiable with respect to
+    `hidden` alone; rows with a MASKED target count nothing.
+
+    The head is frozen, so a chunk of rows makes its logits and its gradient while they are at hand: logits and their
+    gradient never exist for more than a chunk, whatever N.
+    """
+    return _FrozenHeadLoss.apply(hidden_ND, weight_VD, bias_V, targets_N)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N):
+        total = torch.zeros((), device=hidden_ND.device)
+        grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        for rows in row_chunks(len(hidden_ND), len(weight_VD)):
+            logits = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V)
+            target_N1, is_target_N1 = targets_N[rows, None].clamp(min=0), (targets_N[rows] != MASKED)[:, None]
+            if grad_ND is None:
+                log_p_N1 = logits.log_softmax(-1, dtype=torch.float32).gather(1, target_N1)
+            else:
+                # One pass over [rows, V]: on a CPU each costs a tenth of the product that made it. A probability that
+                # fp32 cannot hold counts as the smallest that it can, a loss of 87.
+                p = logits.softmax(-1, dtype=torch.float32)
+                log_p_N1 = p.gather(1, target_N1).clamp(min=torch.finfo(p.dtype).tiny).log()
+                # The 1 is taken off in fp32: near a probability of 1, bf16 would leave nothing but its rounding.
+                slope = p.scatter_add_(1, target_N1, -torch.ones_like(log_p_N1))
+                grad_ND[rows] = torch.where(is_target_N1, slope.to(weight_VD.dtype) @ weight_VD, 0.0)
+            total -= torch.where(is_target_N1, log_p_N1, 0.0).sum()
+        ctx.save_for_backward(grad_ND)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        (grad_ND,) = ctx.saved_tensors
+        return grad_ND * grad.to(grad_ND.dtype), None, None, None
 
 
 def next_token_targets(tokens_BT: torch.Tensor) -> torch.Tensor:

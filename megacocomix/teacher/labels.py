@@ -1,78 +1,176 @@
-"""Concept labels of a batch, from the live teacher. Labels are data: int64 [B, T, K_attr], or MASKED where there is no
-signal."""
+"""Concept labels of token windows, from the live teacher. Labels are data: int64 [B, T, K_attr], or MASKED where there
+is no signal."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from megacocomix.config import Config, ModelConfig
+from megacocomix.config import Config, LabelSign, LabelSource, Location
+from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.errors import UserError
-from megacocomix.teacher.attribution import attribute, select_labels
-from megacocomix.teacher.gpt2 import Teacher, load_teacher
-from megacocomix.teacher.sae import TopKSAE
+from megacocomix.model.flops import attention_flops
+from megacocomix.model.losses import MASKED
+from megacocomix.teacher.attribution import score, select_labels
+from megacocomix.teacher.cut import Teacher
+from megacocomix.teacher.load import load_teacher, teacher_tokenizer
+from megacocomix.teacher.sae import SAE
+from megacocomix.teacher.sae_file import load_sae
+
+# Tokens of one forward pass of the teacher: enough to keep a device busy, few enough that the graph above the cut is
+# small.
+FORWARD_TOKENS = {"cpu": 512, "cuda": 4096}
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """Everything besides data, teacher and autoencoder that decides which labels a window gets."""
+
+    num_labels: int
+    source: LabelSource
+    sign: LabelSign
+    mask_unlabelled: bool
+    masked_token: int | None
+    """Positions with this token are not labelled: the end of text, or None."""
+    piece: int
+    """Tokens that are labelled together: the window, or the teacher's context where that is shorter."""
+    seed: int | None
+    """Of random labels."""
+    sae_layer: int
+    location: Location
+    """Where the autoencoder reads, which its file may not say."""
+
+    def as_dict(self) -> dict:
+        """The same as JSON holds it."""
+        return asdict(self)
 
 
 class ConceptLabeler:
-    """Labels token windows with the concepts that a teacher's autoencoder marks as most influential."""
+    """Labels token windows with the concepts of a teacher's autoencoder."""
 
-    def __init__(self, teacher: Teacher, sae: TopKSAE, num_labels: int, mask_unlabelled: bool):
-        self.teacher, self.sae = teacher, sae.requires_grad_(False)
-        self.num_labels, self.mask_unlabelled = num_labels, mask_unlabelled
+    def __init__(self, teacher: Teacher, sae: SAE, settings: LabelSettings):
+        self.teacher, self.sae, self.settings = teacher, sae.requires_grad_(False), settings
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
-        """int64 [B, T] → int64 [B, T, K_attr]."""
-        return select_labels(attribute(self.teacher, self.sae, tokens_BT), self.num_labels, self.mask_unlabelled)
+        """int64 [B, T] → int64 [B, T, K_attr] on the same device, whatever else is in the batch."""
+        labels_BTk = torch.cat([self._label(piece) for piece in tokens_BT.split(self.settings.piece, dim=1)], dim=1)
+        if self.settings.masked_token is not None:
+            labels_BTk[tokens_BT == self.settings.masked_token] = MASKED
+        return labels_BTk
 
-    def teacher_shape(self) -> ModelConfig:
-        """The teacher's sizes, for counting its cost."""
-        teacher = self.teacher
-        return ModelConfig(
-            num_layers=len(teacher.blocks),
-            hidden_size=teacher.width,
-            num_heads=teacher.width // teacher.blocks[0].attention.head_size,
-            context=teacher.context,
-            vocab_size=teacher.vocab_size,
-            dropout=0.0,
-        )
+    def flops_per_token(self) -> float:
+        """FLOPs a token of labelling, counted as in model/flops.py: attribution takes a forward pass, and a backward
+        pass above the cut that stops at activations, which costs a linear layer once more and attention twice; the
+        other sources take the forward pass below the cut. Then encoding, and K scores."""
+        teacher, sae = self.teacher, self.sae
+        linear, attention = 2 * teacher.num_block_weights, attention_flops(teacher.width, self.settings.piece)
+        encoding = 2 * sae.width * sae.num_latents
+        if self.settings.source != "attribution":
+            return (teacher.layer + 1) * (linear + attention) + encoding
+        above = teacher.num_blocks - teacher.layer - 1
+        head = 2 * teacher.width * teacher.vocab_size
+        forward = teacher.num_blocks * (linear + attention) + head
+        backward = above * (linear + 2 * attention) + head
+        return forward + backward + encoding + 2 * sae.width * (sae.form.k or 0)
+
+    def _label(self, tokens_BT: Tensor) -> Tensor:
+        settings, group = self.settings, max(1, FORWARD_TOKENS[tokens_BT.device.type] // tokens_BT.shape[1])
+        labels = []
+        for rows_GT in tokens_BT.split(group):
+            # Always as many windows: libraries choose their kernels by shape, and another kernel rounds otherwise,
+            # which turns the order of two concepts that score alike.
+            full_GT = torch.cat([rows_GT, rows_GT[:1].expand(group - len(rows_GT), -1)])
+            scores = score(self.teacher, self.sae, full_GT, settings.source, settings.seed or 0)
+            selected = select_labels(scores, settings.num_labels, settings.mask_unlabelled, settings.sign)
+            labels.append(selected[: len(rows_GT)])
+        return torch.cat(labels)
 
 
-def open_labeler(config: Config, device: torch.device) -> ConceptLabeler:
-    """Teacher and autoencoder of a config. Raises one UserError with everything in which the two, or the student, do
-    not fit."""
+def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What the teacher computes in on this device."""
+    precision = config.teacher.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def open_labeler(config: Config, device: torch.device, eot_id: int) -> ConceptLabeler:
+    """Teacher and autoencoder of a config. Raises one UserError with everything in which the two, the tokenizer, or the
+    student do not fit."""
     options = config.teacher
-    teacher = load_teacher(options.model, options.sae_layer, options.location, device)
-    sae = TopKSAE.load(options.sae, device)
-    problems = list(_misfits(config, teacher, sae))
+    teacher = load_teacher(options.model, options.sae_layer, options.location, device, teacher_dtype(config, device))
+    sae = load_sae(options.sae, device)
+    problems = [*_misfits(config, teacher, sae), *_tokenizer_misfits(config, sae)]
     if problems:
         raise UserError(*problems)
-    return ConceptLabeler(teacher, sae, config.method.num_labels, config.method.mask_unlabelled)
+    return ConceptLabeler(teacher, sae, label_settings(config, teacher.context, eot_id))
 
 
-def _misfits(config: Config, teacher: Teacher, sae: TopKSAE):
-    model, method, options = config.model, config.method, config.teacher
-    latents, width = sae.encoder.shape
-    path = options.sae
-    if width != teacher.width:
-        yield f"teacher.sae {path} reads width {width}, but the teacher {options.model} has width {teacher.width}."
-    if latents != method.num_concepts:
-        yield (
-            f"method.num_concepts is {method.num_concepts}, but teacher.sae {path} has {latents} latents, so labels "
-            f"run up to {latents - 1}. Nearest valid: {latents}."
-        )
-    limits = (
-        ("method.num_labels", method.num_labels <= sae.k, method.num_labels, "teacher.sae keeps latents", sae.k),
-        ("model.context", model.context <= teacher.context, model.context, "the teacher reads tokens", teacher.context),
-        (
-            "model.vocab_size",
-            model.vocab_size >= teacher.vocab_size,
-            model.vocab_size,
-            "the teacher has tokens",
-            teacher.vocab_size,
-        ),
+def label_settings(config: Config, teacher_context: int, eot_id: int) -> LabelSettings:
+    """The settings of a config."""
+    method = config.method
+    return LabelSettings(
+        num_labels=method.num_labels,
+        source=method.label_source,
+        sign=method.label_sign,
+        mask_unlabelled=method.mask_unlabelled,
+        masked_token=None if method.label_end_of_text else eot_id,
+        piece=min(config.model.context, teacher_context),
+        seed=config.training.seed if method.label_source == "random" else None,
+        sae_layer=config.teacher.sae_layer,
+        location=config.teacher.location,
     )
-    for option, fits, value, what, limit in limits:
-        if not fits:
-            yield f"{option} is {value}, but {what}: {limit}. Nearest valid: {limit}."
+
+
+def _misfits(config: Config, teacher: Teacher, sae: SAE):
+    model, method, options = config.model, config.method, config.teacher
+    path = options.sae
+    if sae.width != teacher.width:
+        yield f"teacher.sae {path} reads width {sae.width}, but the teacher {options.model} has width {teacher.width}."
+    if sae.num_latents != method.num_concepts:
+        yield (
+            f"method.num_concepts is {method.num_concepts}, but teacher.sae {path} has {sae.num_latents} latents, so "
+            f"labels run up to {sae.num_latents - 1}. Nearest valid: {sae.num_latents}."
+        )
+    if sae.form.k is not None and method.num_labels > sae.form.k:
+        yield (
+            f"method.num_labels is {method.num_labels}, but teacher.sae keeps {sae.form.k} latents a position. "
+            f"Nearest valid: {sae.form.k}."
+        )
+    yield from context_misfits(config, teacher.context)
+    if model.vocab_size < teacher.vocab_size:
+        yield (
+            f"model.vocab_size is {model.vocab_size}, but the teacher has {teacher.vocab_size} tokens. "
+            f"Nearest valid: {teacher.vocab_size}."
+        )
     here = {"sae_layer": options.sae_layer, "location": options.location, "teacher_sha256": teacher.sha256}
     for key, value in here.items():
         if sae.info.get(key, value) != value:
             yield f"teacher.sae {path} was trained for {key} {sae.info[key]}, but this run has {value}."
+
+
+def context_misfits(config: Config, teacher_context: int) -> Iterator[str]:
+    """A line where windows are longer than the teacher reads, and are not to be cut."""
+    if config.model.context > teacher_context and not config.teacher.windowed:
+        yield (
+            f"model.context is {config.model.context}, but the teacher reads {teacher_context} tokens. Nearest valid: "
+            f"{teacher_context}, or teacher.windowed=true to label each {teacher_context} tokens by themselves."
+        )
+
+
+def _tokenizer_misfits(config: Config, sae: SAE):
+    """The concepts of a token mean nothing for another token of the same id."""
+    try:
+        student = load_tokenizer(config.data.tokenizer)
+    except UserError:
+        return  # said by whoever opens the data
+    theirs = teacher_tokenizer(config.teacher.model)
+    hashes = {
+        f"teacher.model {config.teacher.model}": theirs.sha256 if theirs else None,
+        f"teacher.sae {config.teacher.sae}": sae.info.get("tokenizer_sha256"),
+    }
+    for what, sha256 in hashes.items():
+        if sha256 not in (None, student.sha256):
+            yield (
+                f"{what} has the tokenizer {sha256}, but data.tokenizer {config.data.tokenizer} is {student.sha256}: "
+                "student and teacher must read the same tokens."
+            )

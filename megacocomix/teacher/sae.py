@@ -1,59 +1,92 @@
-"""The TopK sparse autoencoder that turns a teacher's residual into a few concepts, and its one file format.
+"""The sparse autoencoder that turns a teacher's residual into a few concepts.
 
-The form is that of OpenAI's GPT-2 autoencoders, which CoCoMix labels with; theirs convert without loss:
+One form holds every kind that is read here; what differs is a value, not a class:
 
-    xn    = standardize(x)                            each row: mean removed, divided by its std
+    xn    = normalize(x)                              none | center | standardize | rescale, by row
     pre   = encoder (xn - pre_bias) + latent_bias     C numbers
-    value = ReLU of the K largest of pre              K numbers and their indices; the other latents are zero
-    x_hat = (sum of value * decoder[index] + pre_bias) * std + mean
+    value = ReLU of the K largest of pre (topk)       K numbers and their indices; the other latents are zero
+            or of all that are positive (relu)        K is then the largest number of them in a row
+    x_hat = (sum of value * decoder[index] + pre_bias) * scale + mean
 
 Shapes: N rows, D width of the teacher, C latents, K latents kept per row.
 
 Nothing here is ever dense in C except the pre-activations, and those only for a slice of the rows at a time.
 """
 
-import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megacocomix.errors import UserError
-from megacocomix.files import file_sha256
+from megacocomix.errors import UserError, nearest
 from megacocomix.model.concept import STANDARDIZE_EPS, standardize
 
-FORMAT = "megacocomix-sae"
-VERSION = 1
-
-# What `standardize` does. It is written into every file: fed with another normalisation an autoencoder still
-# runs and still gives K latents a row; they just mean nothing.
-NORMALIZATION = {"kind": "standardize", "eps": STANDARDIZE_EPS, "unbiased": True}
+Activation = Literal["topk", "relu"]
+Normalization = Literal["standardize", "center", "rescale", "none"]
 
 # Most pre-activations held at once: 128 MiB in fp32, which is 1,024 rows of 32,768 latents.
 MAX_PRE_ACTIVATIONS = 2**25
 
 
-class TopKSAE(nn.Module):
-    """Sparse autoencoder that keeps at most K latents a row. Its parameters start at zero.
+@dataclass(frozen=True)
+class SAEForm:
+    """What an autoencoder computes with its weights. Raises one UserError with everything that it cannot be."""
+
+    activation: Activation = "topk"
+    k: int | None = None
+    """Latents kept per row, of topk."""
+    normalization: Normalization = "standardize"
+    """standardize: mean removed, divided by the unbiased std (OpenAI's TopK, SAELens' layer_norm). center: mean removed
+    (TransformerLens' centred weights, seen from plain ones). rescale: times √D / norm (SAELens' constant_norm_rescale).
+    none."""
+    eps: float = STANDARDIZE_EPS
+    """Added to the std, not under its root."""
+
+    def __post_init__(self):
+        problems: list[str] = []
+        for name, valid in (("activation", get_args(Activation)), ("normalization", get_args(Normalization))):
+            if getattr(self, name) not in valid:
+                problems.append(
+                    f"{name} {getattr(self, name)!r} cannot be computed.{nearest(str(getattr(self, name)), valid)}"
+                )
+        if self.k is not None and type(self.k) is not int:
+            problems.append(f"k is {self.k!r}; it must be a whole number.")
+        if (self.activation == "topk") != (self.k is not None):
+            problems.append(f"k is {self.k}; it belongs to the activation topk, this is {self.activation}.")
+        if problems:
+            raise UserError(*problems)
+
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """[..., D] -> (normed [..., D], mean and scale that undo it, [..., 1] or numbers), fp32."""
+        if self.normalization == "standardize":
+            return standardize(x, self.eps)
+        x = x.float()
+        if self.normalization == "none":
+            return x, 0.0, 1.0
+        if self.normalization == "center":
+            mean = x.mean(-1, keepdim=True)
+            return x - mean, mean, 1.0
+        norm = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+        return x / norm, 0.0, norm
+
+
+class SAE(nn.Module):
+    """Sparse autoencoder. Its parameters start at zero.
 
     `pre_bias` [D], `encoder` [C, D], `latent_bias` [C] and `decoder` [C, D], fp32. The decoder has a row for
     each latent, the transpose of OpenAI's `decoder.weight`, because whoever uses it gathers whole directions.
 
-    `info` is what its file says about where it comes from; `save` lists the keys. Raises UserError when `k`
+    `info` is what its file says about where it comes from: sae_file.py lists the keys. Raises UserError when `form.k`
     does not fit `num_latents`.
     """
 
-    def __init__(self, width: int, num_latents: int, k: int):
+    def __init__(self, width: int, num_latents: int, form: SAEForm):
         super().__init__()
-        if not 1 <= k <= num_latents:
-            raise UserError(f"k is {k}; it must be from 1 to the number of latents, {num_latents}.")
-        self.k = k
+        if form.k is not None and not 1 <= form.k <= num_latents:
+            raise UserError(f"k is {form.k}; it must be from 1 to the number of latents, {num_latents}.")
+        self.form = form
         self.info: dict[str, Any] = {}
         self.sha256 = ""
         self.pre_bias = nn.Parameter(torch.zeros(width))
@@ -76,22 +109,26 @@ class TopKSAE(nn.Module):
 
         A latent with value 0 was among the K largest without being positive: it is not active.
         """
-        return self.encode_standardized(standardize(x)[0])
+        return self.encode_normalized(self.form.normalize(x)[0])
 
-    def encode_standardized(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """`encode` for rows [..., D] that are already standardised."""
+    def encode_normalized(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode` for rows [..., D] that are already normalised."""
         chunk_rows = max(1, MAX_PRE_ACTIVATIONS // self.num_latents)
         values, indices = [], []
         for normed_ND in normed.reshape(-1, self.width).split(chunk_rows):
             pre_NC = F.linear(normed_ND - self.pre_bias, self.encoder, self.latent_bias)
-            value_NK, index_NK = pre_NC.topk(self.k, dim=-1)
+            # Of relu a row keeps as many as its neighbour with the most: the others are zeros.
+            k = self.form.k or max(1, int((pre_NC > 0).sum(-1).max()))
+            value_NK, index_NK = pre_NC.topk(k, dim=-1)
             values.append(value_NK.relu())
             indices.append(index_NK)
-        shape = (*normed.shape[:-1], self.k)
-        return torch.cat(indices).reshape(shape), torch.cat(values).reshape(shape)
+        k = max(value.shape[-1] for value in values)
+        value_NK = torch.cat([F.pad(value, (0, k - value.shape[-1])) for value in values])
+        index_NK = torch.cat([F.pad(index, (0, k - index.shape[-1])) for index in indices])
+        return index_NK.reshape(*normed.shape[:-1], k), value_NK.reshape(*normed.shape[:-1], k)
 
     def decode(self, index: Tensor, value: Tensor) -> Tensor:
-        """`index` int64 and `value` [..., any K] -> reconstruction [..., D] in the standardised space."""
+        """`index` int64 and `value` [..., any K] -> reconstruction [..., D] in the normalised space."""
         num_kept = index.shape[-1]
         sum_ND = F.embedding_bag(
             index.reshape(-1, num_kept),
@@ -103,72 +140,14 @@ class TopKSAE(nn.Module):
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Residual [..., D] -> what the K latents keep of it, same shape, type and scale."""
-        normed, mean, std = standardize(x)
-        x_hat = self.decode(*self.encode_standardized(normed)) * std + mean
+        normed, mean, scale = self.form.normalize(x)
+        x_hat = self.decode(*self.encode_normalized(normed)) * scale + mean
         return x_hat.to(x.dtype)
 
-    def save(self, path: str | Path, info: Mapping[str, Any]) -> None:
-        """Write one safetensors file: fp32 weights, and everything about them in its header.
-
-        `info` is stored as JSON. Its keys: `teacher` (a name), `teacher_sha256`, `sae_layer`, `location`,
-        `context` (tokens of a window it was trained on), `tokenizer_sha256`, `measured` (numbers by name).
-        Folders are made; the file is written aside and renamed, so that no reader ever meets half of it.
-        """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "activation": "topk",
-            "k": str(self.k),
-            "normalization": json.dumps(NORMALIZATION),
-            "info": json.dumps(dict(info)),
-        }
-        weights = {name: weight.detach().float().cpu().contiguous() for name, weight in self.named_parameters()}
-        aside = path.with_name(path.name + ".part")
-        save_file(weights, aside, metadata=header)
-        os.replace(aside, path)
-
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
-        """Read a file that `save` wrote, frozen (no gradients), straight onto `device`.
-
-        Raises UserError for a missing file, one that is not safetensors, another format, a newer version,
-        another activation or normalisation, and tensors that are missing or disagree in shape. Whether its
-        width, layer and location are those of the teacher at hand is for the caller to compare.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such SAE file.")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                header = file.metadata() or {}
-                k, info = _read_header(path, header)
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
-        except SafetensorError as error:
-            raise UserError(
-                f"{path}: not a readable safetensors file ({error}). Train one with tools/train_sae.py."
-            ) from None
-        sae = cls._from_weights(weights, k, str(path)).requires_grad_(False)
-        sae.info = info
-        sae.sha256 = file_sha256(path)
-        return sae
-
-    @classmethod
-    def from_openai(cls, state: Mapping[str, Tensor], k: int) -> Self:
-        """Build from OpenAI's layout: `pre_bias`, `encoder.weight`, `latent_bias`, `decoder.weight` [D, C].
-
-        Other entries, such as their activation statistics, are ignored. Raises UserError for tensors that are
-        missing or disagree in shape.
-        """
-        weights = {name.removesuffix(".weight"): weight for name, weight in state.items()}
-        if "decoder" in weights:
-            weights["decoder"] = weights["decoder"].T.contiguous()
-        return cls._from_weights(weights, k, "the OpenAI autoencoder")
-
-    @classmethod
-    def _from_weights(cls, weights: Mapping[str, Tensor], k: int, source: str) -> Self:
-        """Adopt the tensors themselves: no second copy of them exists at any moment."""
+    def from_weights(cls, weights: dict[str, Tensor], form: SAEForm, source: str) -> "SAE":
+        """Adopt the four tensors themselves, as fp32: where they are fp32, no second copy exists at any moment. Raises
+        UserError for tensors that are missing, disagree in shape, or hold something that is not a number."""
         names = ("pre_bias", "encoder", "latent_bias", "decoder")
         if missing := [name for name in names if name not in weights]:
             raise UserError(f"{source}: tensors missing: {' '.join(missing)}.")
@@ -179,29 +158,13 @@ class TopKSAE(nn.Module):
         if len(shapes["encoder"]) != 2 or tuple(shapes.values()) != expected:
             listing = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise UserError(f"{source}: the shapes of its tensors disagree: {listing}.")
+        if 0 in shapes["encoder"] or not all(weights[name].is_floating_point() for name in names):
+            raise UserError(f"{source}: its tensors are empty, or hold no real numbers.")
+        bad = {name: int((~weights[name].isfinite()).sum()) for name in names}
+        if any(bad.values()):
+            where = ", ".join(f"{count} of {name}" for name, count in bad.items() if count)
+            raise UserError(f"{source}: holds values that are not finite ({where}): get the file again.")
         with torch.device("meta"):
-            sae = cls(width, num_latents, k)
-        sae.load_state_dict({name: weights[name].float() for name in names}, assign=True)
+            sae = cls(width, num_latents, form)
+        sae.load_state_dict({name: weights[name].float().contiguous() for name in names}, assign=True)
         return sae
-
-
-def _read_header(path: Path, header: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
-    """K and `info` from a file's header, once everything in it is something this code computes."""
-    found = header.get("format", "none")
-    if found != FORMAT:
-        raise UserError(
-            f"{path}: its header names the format '{found}', not '{FORMAT}'. Train one with tools/train_sae.py."
-        )
-    try:
-        version, k = int(header["version"]), int(header["k"])
-        activation, normalization = header["activation"], json.loads(header["normalization"])
-        info = json.loads(header["info"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: its header is damaged ({error}).") from None
-    if version > VERSION:
-        raise UserError(f"{path}: version {version} of the format; this code reads up to {VERSION}.")
-    if activation != "topk":
-        raise UserError(f"{path}: activation '{activation}'; only 'topk' is supported.")
-    if normalization != NORMALIZATION:
-        raise UserError(f"{path}: normalises with {normalization}; only {NORMALIZATION} is supported.")
-    return k, info

@@ -1,24 +1,36 @@
-"""Train an autoencoder on a teacher: wire teacher, token shards and trainer, measure on held-out windows, save it."""
+"""Train an autoencoder on a teacher: wire teacher, token shards and trainer, measure on held-out windows, save it.
 
-import itertools
+Beside FILE: FILE.jsonl, a line each few steps; FILE.resume, from which the same command goes on, until FILE is there.
+"""
+
 import json
 import math
+import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from megacocomix.config import Location
-from megacocomix.data.tokens import TokenDataset, TokenShards
+from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
-from megacocomix.teacher.gpt2 import Teacher, load_teacher
-from megacocomix.teacher.sae import TopKSAE
-from megacocomix.teacher.sae_trainer import SAETraining, default_aux_k, default_lr, measure_sae, train_sae
+from megacocomix.files import write_text
+from megacocomix.hub import is_hub_name, local_folder
+from megacocomix.teacher.cut import Teacher
+from megacocomix.teacher.load import load_teacher, teacher_tokenizer
+from megacocomix.teacher.sae import SAE
+from megacocomix.teacher.sae_file import save_sae
+from megacocomix.teacher.sae_measure import measure_sae
+from megacocomix.teacher.sae_rows import shuffled_batches
+from megacocomix.teacher.sae_trainer import SAETrainer, SAETraining, all_reduce, default_aux_k, default_lr
 
 TOKENS_PER_FORWARD = 4096
 # What the autoencoder is measured on: enough that a latent in use is seldom called dead by chance.
@@ -27,6 +39,8 @@ HELD_OUT_TOKENS = 2**17
 HELD_OUT_SHARE = 0.05
 # Of the 10 M tokens of Gao et al.; a shorter run needs its dead latents sooner.
 DEAD_AFTER_TOKENS = 10_000_000
+LOG_EVERY = 10
+MOST_BATCH_ROWS = 2**24
 
 
 @dataclass(frozen=True)
@@ -45,53 +59,173 @@ class SAEJob:
     batch_rows: int
     lr: float | None
     seed: int
+    save_every: int
+    resample_every: int | None
+
+    @property
+    def log(self) -> Path:
+        """FILE.jsonl."""
+        return Path(f"{self.out}.jsonl")
+
+    @property
+    def resume(self) -> Path:
+        """FILE.resume."""
+        return Path(f"{self.out}.resume")
 
 
-def run_sae_job(job: SAEJob) -> dict[str, float]:
-    """Train, measure and save; FILE.jsonl beside the file logs the training. Returns what was measured.
+class SAERun:
+    """One process's part of a job, alone or as one of `world` ranks: opened, then `train`, then `finish` on rank 0.
 
-    Raises UserError for anything that does not fit; an existing file is never overwritten.
+    Opening goes on from FILE.resume where there is one. It raises UserError for anything that does not fit; an existing
+    FILE is never overwritten. No rank may begin to train before all have opened.
     """
-    out = Path(job.out)
-    log = out.with_name(out.name + ".jsonl")
-    for taken in (out, log):
-        if taken.exists():
-            raise UserError(f"--out {out}: {taken} exists already: choose another name or delete it.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = load_teacher(job.teacher, job.layer, job.location, device)
-    train, train_positions, valid, valid_positions = _split(job, teacher)
-    settings = _choose_settings(job, teacher)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}).") from None
-    endless = (train_positions[i % len(train_positions)] for i in itertools.count())
-    rows = (teacher.hidden(tokens).flatten(0, 1) for tokens in _token_batches(train, endless, teacher, device))
-    sae, last = _train_with_log(rows, settings, log)
 
-    held_out = list(_token_batches(valid, valid_positions, teacher, device))
-    print(f"measuring on {sum(map(torch.Tensor.numel, held_out)):,} held-out tokens", flush=True)
-    report = measure_sae(sae, (teacher.hidden(tokens).flatten(0, 1) for tokens in held_out))
-    measured = asdict(report) | {
-        "dead_fraction_training": last["dead_fraction"],
-        "dead_after_tokens": settings.dead_after_tokens,
-        **_teacher_losses(teacher, sae, held_out),
-    }
-    info = {
-        "teacher": Path(job.teacher).resolve().name,
-        "teacher_sha256": teacher.sha256,
-        "sae_layer": job.layer,
-        "location": job.location,
-        "context": teacher.context,
-        "tokenizer_sha256": train.shards.tokenizer_sha256,
-        "training": asdict(settings),
-        "measured": measured,
-    }
-    try:
-        sae.save(out, info)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--out {out} cannot be written: {error}.") from None
-    return measured
+    def __init__(self, job: SAEJob, device: torch.device, rank: int = 0, world: int = 1):
+        self.job, self.device, self.rank, self.world = job, device, rank, world
+        out = Path(job.out)
+        if out.exists():
+            raise UserError(f"--out {out} exists already: choose another name or delete it.")
+        if job.batch_rows % world:
+            nearest = max(1, round(job.batch_rows / world)) * world
+            raise UserError(
+                f"--batch-rows {job.batch_rows} cannot be shared by {world} processes. Nearest valid: {nearest}."
+            )
+        if job.save_every < 1:
+            raise UserError(f"--save-every {job.save_every} must be at least 1.")
+        local_folder(job.teacher, download=True)  # ranks that ask at once wait for the first one's download
+        if rank == 0 and job.log.exists() and not job.resume.exists():
+            print(f"{job.log} is of a run that left nothing to go on from: it begins again", flush=True)
+        self.teacher = load_teacher(job.teacher, job.layer, job.location, device)
+        self.train_windows, self.positions, self.valid_windows, self.valid_positions = _split(job, self.teacher)
+        _check_tokenizer(job, self.teacher, self.train_windows)
+        settings = _choose_settings(job, self.teacher)
+        if rank == 0:
+            _say(job, self.teacher, settings)
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}).") from None
+        if job.batch_rows > MOST_BATCH_ROWS:
+            raise UserError(
+                f"--batch-rows {job.batch_rows} is more than a batch can be. Nearest valid: {MOST_BATCH_ROWS}."
+            )
+        try:
+            self.trainer = SAETrainer(settings, self.teacher.width, device)
+        except (RuntimeError, MemoryError):
+            raise UserError(f"--latents {job.latents} of width {self.teacher.width} do not fit into memory.") from None
+        self.identity = {
+            **asdict(settings),
+            "teacher": self.teacher.sha256,
+            "layer": job.layer,
+            "location": job.location,
+            "data": self.train_windows.shards.fingerprint,
+            "valid": self.valid_windows.shards.fingerprint,
+            "processes": world,
+        }
+        if job.resume.exists():
+            self.trainer.load_state(_read_resume(job.resume, self.identity))
+
+    def train(self) -> bool:
+        """Train to the last step, or to a signal, which all ranks agree on. Returns whether it was the last step."""
+        steps = self.trainer.settings.steps
+        if all_reduce(torch.tensor(self.trainer.num_steps)) != self.world * self.trainer.num_steps:
+            raise UserError(
+                f"{self.job.resume} is not seen by all processes: put --out on a file system that all share."
+            )
+        stop: list[int] = []
+        handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGTERM, signal.SIGUSR1)}
+        if self.rank == 0 and self.job.log.exists():
+            _forget_after(self.job.log, self.trainer.num_steps)
+        log = open(self.job.log if self.rank == 0 else os.devnull, "a")  # noqa: SIM115
+        try:
+            with log, tqdm(total=steps, initial=self.trainer.num_steps, unit="step", disable=self.rank > 0) as bar:
+                rows = self._rows()
+                while self.trainer.num_steps < steps:
+                    rows_ND, problem = _next(rows)
+                    num_stopped, num_bad = all_reduce(torch.tensor([len(stop), problem is not None])).tolist()
+                    if num_bad:
+                        raise problem or UserError()  # said by the rank that knows
+                    if num_stopped:
+                        if self.rank == 0 and self.trainer.num_steps and not self._save():
+                            raise UserError(f"{self.job.resume} could not be written: what was trained since is lost.")
+                        return False
+                    if self.trainer.num_steps == 0:
+                        self.trainer.begin(rows_ND)
+                    record = self.trainer.step(rows_ND)
+                    step, is_last = record["step"], record["step"] == steps
+                    if step % LOG_EVERY == 0 or is_last:
+                        _log(record, log, bar)
+                    if (step % self.job.save_every == 0 or is_last) and self.rank == 0:
+                        self._save()
+                return True
+        except OSError as error:
+            raise UserError(f"{self.job.log} cannot be written ({error.strerror or error}): free some space.") from None
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def finish(self) -> dict[str, float]:
+        """Measure on held-out windows, write FILE, and return what was measured. For rank 0, by itself. Raises
+        UserError where FILE cannot be written; the same command then measures again."""
+        job, teacher, settings = self.job, self.teacher, self.trainer.settings
+        held_out = list(_token_batches(self.valid_windows, self.valid_positions, teacher, self.device))
+        print(f"measuring on {sum(map(torch.Tensor.numel, held_out)):,} held-out tokens", flush=True)
+        sae = self.trainer.sae.requires_grad_(False)
+        report = measure_sae(sae, (teacher.hidden(tokens).flatten(0, 1) for tokens in held_out))
+        measured = asdict(report) | {
+            "dead_fraction_training": len(self.trainer.dead()) / settings.latents,
+            "dead_after_tokens": settings.dead_after_tokens,
+            **_teacher_losses(teacher, sae, held_out),
+        }
+        info = {
+            "teacher": Path(job.teacher).resolve().name,
+            "revision": local_folder(job.teacher).name if is_hub_name(job.teacher) else None,
+            "teacher_sha256": teacher.sha256,
+            "sae_layer": job.layer,
+            "location": job.location,
+            "context": teacher.context,
+            "tokenizer_sha256": self.train_windows.shards.tokenizer_sha256,
+            "training": asdict(settings) | {"processes": self.world},
+            "measured": measured,
+        }
+        try:
+            save_sae(sae, job.out, info)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"--out {job.out} cannot be written: {error}. Free some space and start it again."
+            ) from None
+        job.resume.unlink(missing_ok=True)
+        return measured
+
+    def _rows(self) -> Iterator[Tensor]:
+        """This rank's part of each batch, from the next step on."""
+        settings = self.trainer.settings
+        num_rows = settings.batch_rows // self.world
+
+        def read_block(block: int) -> Tensor:
+            """Windows one after the other over the ranks and the blocks."""
+            num_windows = math.ceil(settings.block_batches * num_rows / self.teacher.context)
+            first = (block * self.world + self.rank) * num_windows
+            positions = (self.positions[i % len(self.positions)] for i in range(first, first + num_windows))
+            batches = _token_batches(self.train_windows, positions, self.teacher, self.device)
+            rows_ND = torch.cat([self.teacher.hidden(tokens).flatten(0, 1).float() for tokens in batches])
+            return rows_ND[: settings.block_batches * num_rows]
+
+        seed = settings.seed * self.world + self.rank
+        return shuffled_batches(read_block, num_rows, settings.block_batches, seed, self.trainer.num_steps)
+
+    def _save(self) -> bool:
+        """Write FILE.resume; returns whether it could be. A disk that is full costs this save, not the run."""
+        path = self.job.resume
+        aside = path.with_name(path.name + ".new")
+        try:
+            save_file(self.trainer.state(), aside, metadata={"identity": json.dumps(self.identity)})
+            os.replace(aside, path)
+        except (OSError, SafetensorError) as error:
+            aside.unlink(missing_ok=True)
+            print(f"warning: {path} could not be written ({error})", flush=True)
+            return False
+        return True
 
 
 def _split(job: SAEJob, teacher: Teacher) -> tuple[TokenDataset, range, TokenDataset, range]:
@@ -119,10 +253,17 @@ def _open_windows(path: str, teacher: Teacher, seed: int | None) -> TokenDataset
     return TokenDataset(shards, teacher.context, seed)
 
 
+def _check_tokenizer(job: SAEJob, teacher: Teacher, train: TokenDataset) -> None:
+    theirs, data = teacher_tokenizer(job.teacher), train.shards.tokenizer_sha256
+    if theirs and data and theirs.sha256 != data:
+        raise UserError(
+            f"--data {job.data} was written with the tokenizer {data}, but the teacher has {theirs.sha256}."
+        )
+
+
 def _choose_settings(job: SAEJob, teacher: Teacher) -> SAETraining:
-    """The training run, with everything that was not asked for said aloud."""
     num_tokens = job.steps * job.batch_rows
-    settings = SAETraining(
+    return SAETraining(
         latents=job.latents,
         k=job.k,
         steps=job.steps,
@@ -131,49 +272,80 @@ def _choose_settings(job: SAEJob, teacher: Teacher) -> SAETraining:
         warmup_steps=job.steps // 20,
         aux_k=default_aux_k(teacher.width),
         dead_after_tokens=max(1, min(DEAD_AFTER_TOKENS, num_tokens // 10)),
+        resample_every=max(1, job.steps // 5) if job.resample_every is None else job.resample_every,
         seed=job.seed,
+    )
+
+
+def _say(job: SAEJob, teacher: Teacher, settings: SAETraining) -> None:
+    """Everything that was not asked for is said aloud."""
+    resampled = (
+        f"every {settings.resample_every} steps the dead start again" if settings.resample_every else "none do again"
     )
     print(
         f"{settings.latents:,} latents, {settings.k} kept, on {job.location} of block {job.layer} "
-        f"(width {teacher.width}), {num_tokens:,} tokens in windows of {teacher.context}\n"
+        f"(width {teacher.width}), {settings.steps * settings.batch_rows:,} tokens in windows of {teacher.context}\n"
         f"lr {settings.lr:.2g} after {settings.warmup_steps} steps; a latent is dead after "
-        f"{settings.dead_after_tokens:,} silent tokens; {settings.aux_k} dead latents a token learn from the error",
+        f"{settings.dead_after_tokens:,} silent tokens; {settings.aux_k} dead latents a token learn from the error; "
+        f"{resampled}",
         flush=True,
     )
-    return settings
 
 
-def _token_batches(dataset: TokenDataset, positions: Iterable[int], teacher: Teacher, device: str) -> Iterator[Tensor]:
+def _token_batches(
+    dataset: TokenDataset, positions: Iterable[int], teacher: Teacher, device: torch.device
+) -> Iterator[Tensor]:
     """Windows int64 [B, T] for one teacher forward at a time."""
     positions = iter(positions)
-    while chunk := list(itertools.islice(positions, max(1, TOKENS_PER_FORWARD // dataset.context))):
-        tokens_BT = torch.from_numpy(dataset.batch(chunk))
-        # Foreign token files record no vocabulary; on a GPU a wrong id would end in an assertion without a name.
-        if (largest := int(tokens_BT.max())) >= teacher.vocab_size:
-            raise UserError(
-                f"the data holds the id {largest}, but the teacher's vocabulary ends at {teacher.vocab_size - 1}."
-            )
-        yield tokens_BT.to(device)
+    while chunk := list(islice(positions, max(1, TOKENS_PER_FORWARD // dataset.context))):
+        tokens = dataset.batch(chunk)
+        check_token_ids(tokens, teacher.vocab_size, "the data")
+        yield torch.from_numpy(tokens).to(device)
 
 
-def _train_with_log(rows: Iterator[Tensor], settings: SAETraining, path: Path) -> tuple[TopKSAE, dict[str, Any]]:
-    """Train under a progress bar, a JSON line at `path` for each record; the last record comes back too."""
-    last: dict[str, Any] = {}
-    with open(path, "w") as file, tqdm(total=settings.steps, unit="step") as bar:
+def _next(rows: Iterator[Tensor]) -> tuple[Tensor | None, UserError | None]:
+    """The next rows, or why there are none: the other ranks have to be told before this one may leave."""
+    try:
+        return next(rows), None
+    except UserError as error:
+        return None, error
 
-        def log(record: dict[str, Any]) -> None:
-            last.update(record)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            bar.update(record["step"] - bar.n)
-            bar.set_postfix_str(f"FVU {record['fvu']:.3f} L0 {record['l0']:.1f} dead {record['dead_fraction']:.1%}")
 
-        sae = train_sae(rows, settings, log)
-    return sae, last
+def _log(record: dict[str, Any], log: TextIO, bar: tqdm) -> None:
+    record = {key: value.item() if torch.is_tensor(value) else value for key, value in record.items()}
+    log.write(json.dumps(record) + "\n")
+    log.flush()
+    bar.update(record["step"] - bar.n)
+    bar.set_postfix_str(f"FVU {record['fvu']:.3f} L0 {record['l0']:.1f} dead {record['dead_fraction']:.1%}")
+
+
+def _forget_after(log: Path, num_steps: int) -> None:
+    """Take out the lines of steps that are done again."""
+    lines = [
+        line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= num_steps
+    ]
+    write_text(log, "".join(f"{line}\n" for line in lines))
+
+
+def _read_resume(path: Path, identity: dict) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            saved = json.loads(file.metadata()["identity"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it to begin again.") from None
+    changed = [
+        f"{key} {saved.get(key)} there, {identity[key]} here" for key in identity if saved.get(key) != identity[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{path} was begun otherwise ({'; '.join(changed)}): ask for the same, or delete it to begin again."
+        )
+    return tensors
 
 
 @torch.no_grad()
-def _teacher_losses(teacher: Teacher, sae: TopKSAE, batches: list[Tensor]) -> dict[str, float]:
+def _teacher_losses(teacher: Teacher, sae: SAE, batches: list[Tensor]) -> dict[str, float]:
     """Next-token loss of the teacher as it is, and with the residual replaced by its reconstruction and by zeros.
 
     `loss_recovered` is the share of what zeros destroy that the reconstruction keeps.

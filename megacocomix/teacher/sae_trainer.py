@@ -1,4 +1,4 @@
-"""Training a TopK autoencoder on rows of a teacher's residual, and measuring what came out.
+"""Training a TopK autoencoder on rows of a teacher's residual, on one process or on several that share each batch.
 
 The recipe is that of Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093),
 section 2 and appendix A. What is unusual in it:
@@ -7,28 +7,26 @@ section 2 and appendix A. What is unusual in it:
 - decoder rows keep unit norm: the part of their gradient that would only lengthen them is removed before a
   step, else it would fill Adam's moments; the drift that is left is divided out after the step;
 - latents that have not been active for a while get a loss of their own (AuxK), else they never would be
-  again: they have to reconstruct what the active ones missed.
+  again: they have to reconstruct what the active ones missed;
+- those that stay dead all the same start again, now and then, as the direction of a row that is badly explained
+  (Bricken et al. 2023, "Towards Monosemanticity", appendix on resampling).
 
-Nothing here knows where rows come from: they arrive as an iterator of [rows, D] tensors.
-
-Shapes: N rows of a batch, D width, C latents, K latents kept per row.
+Shapes: N rows of a batch on this rank, D width, C latents, K latents kept per row.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from megacocomix.errors import UserError
 from megacocomix.model.concept import standardize
-from megacocomix.teacher.sae import TopKSAE
+from megacocomix.teacher.sae import SAE, SAEForm
+from megacocomix.teacher.sae_rows import seeded
 
 GRADIENT_CLIP = 1.0
 # The value of Gao et al.: Adam's usual 1e-8 would swallow the tiny gradients of latents that are seldom kept.
@@ -47,7 +45,7 @@ class SAETraining:
     steps: int
     """Optimizer steps."""
     batch_rows: int
-    """N, rows of a step."""
+    """Rows of a step, over all ranks."""
     lr: float
     """Largest learning rate; `default_lr` gives the usual one for C."""
     warmup_steps: int
@@ -56,20 +54,19 @@ class SAETraining:
     """Dead latents that reconstruct the error of a row; `default_aux_k` gives the usual number for D."""
     dead_after_tokens: int
     """A latent is dead when it was not active on this many consecutive tokens."""
+    resample_every: int
+    """Steps after which latents that are dead start again, until the learning rate decays; 0 means never."""
     seed: int = 0
-    """Of the initial directions and of the shuffling."""
+    """Of the initial directions, of the shuffling and of the resampling."""
     aux_coefficient: float = 1 / 32
     """Weight of the dead latents' loss; 0 lets them die."""
-    buffer_batches: int = 16
-    """Rows are drawn at random from a buffer of this many batches, so that a batch mixes many windows."""
-    log_every: int = 10
-    """Steps between two calls of `log`; the last step is always logged."""
+    block_batches: int = 16
+    """Rows are dealt at random to this many batches, so that a batch mixes many windows."""
 
     def __post_init__(self):
         least = {
-            **dict.fromkeys(("latents", "k", "steps", "batch_rows", "aux_k", "dead_after_tokens", "log_every"), 1),
-            **dict.fromkeys(("warmup_steps", "aux_coefficient"), 0),
-            "buffer_batches": 2,
+            **dict.fromkeys(("latents", "k", "steps", "batch_rows", "aux_k", "dead_after_tokens", "block_batches"), 1),
+            **dict.fromkeys(("warmup_steps", "aux_coefficient", "resample_every"), 0),
         }
         problems = [
             f"{name} is {getattr(self, name)}; it must be at least {bound}."
@@ -84,22 +81,6 @@ class SAETraining:
             raise UserError(*problems)
 
 
-@dataclass(frozen=True)
-class SAEReport:
-    """What `measure_sae` found on held-out rows."""
-
-    fvu: float
-    """Fraction of variance unexplained of the residual itself; rows of huge norm (first tokens) decide it."""
-    fvu_standardized: float
-    """The same of the standardised residual, where rows count alike: what training minimises; quote this."""
-    l0: float
-    """Mean number of active latents (value > 0) per row."""
-    dead_fraction: float
-    """Share of latents that were active on none of the rows. Few rows overstate it."""
-    num_rows: int
-    """Rows it was measured on."""
-
-
 def default_lr(num_latents: int) -> float:
     """2e-4 at 16,384 latents, falling with the root of their number (the scaling law of Gao et al.)."""
     return 2e-4 / math.sqrt(num_latents / 2**14)
@@ -110,107 +91,136 @@ def default_aux_k(width: int) -> int:
     return 2 ** round(math.log2(max(2, width) / 2))
 
 
-def train_sae(activations: Iterable[Tensor], settings: SAETraining, log: Callable[[dict[str, Any]], None]) -> TopKSAE:
-    """Train on `settings.steps` batches of rows drawn from `activations`, [any number of rows, D] tensors.
+class SAETrainer:
+    """An autoencoder in training: `step` per batch, `state` to go on later. On several ranks each brings its part of a
+    batch, and all hold the same weights; results then depend on the number of ranks by rounding, and by which rows are
+    shuffled together."""
 
-    The same seed, rows, machine and number of threads give the same bits. The result is on the rows' device.
-    `log` receives `step, tokens, seconds, fvu, aux_fvu, l0, dead_fraction, lr, grad_norm`, all of them of the
-    training batch except `dead_fraction`, which follows `dead_after_tokens`. Raises UserError when the rows
-    end before the steps do, RuntimeError when a gradient is not finite.
-    """
-    generator = torch.Generator().manual_seed(settings.seed)
-    batches = shuffle_rows(activations, settings.batch_rows, settings.buffer_batches, generator)
-    first_ND = next(batches, None)
-    if first_ND is None:
-        raise UserError(f"the activations hold less than one batch of {settings.batch_rows} rows.")
+    def __init__(self, settings: SAETraining, width: int, device: torch.device | str = "cpu"):
+        self.settings = settings
+        self.sae = SAE(width, settings.latents, SAEForm(k=settings.k)).to(device)
+        self.silent_tokens_C = torch.zeros(settings.latents, dtype=torch.int64, device=device)
+        self.num_steps = 0
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=settings.lr, eps=ADAM_EPS)
 
-    sae = initial_sae(standardize(first_ND)[0], settings.latents, settings.k, generator)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=settings.lr, eps=ADAM_EPS)
-    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, settings.steps, settings.warmup_steps))
-    silent_tokens_C = torch.zeros(settings.latents, dtype=torch.int64, device=first_ND.device)
+    @torch.no_grad()
+    def begin(self, rows_ND: Tensor) -> None:
+        """Random unit directions, read and written alike (encoder = decoder), around the mean of some rows.
 
-    start = time.perf_counter()
-    for step, rows_ND in enumerate(islice(chain([first_ND], batches), settings.steps), start=1):
+        The arithmetic mean will do where Gao et al. take the geometric median: standardised rows have one norm,
+        so there are no outliers to guard against.
+        """
+        sae = self.sae
+        directions = torch.empty(sae.decoder.shape).normal_(generator=seeded(self.settings.seed, "directions"))
+        sae.decoder.copy_(F.normalize(directions, dim=1))
+        sae.encoder.copy_(sae.decoder)
+        sae.pre_bias.copy_(_mean_row(standardize(rows_ND)[0]))
+
+    def step(self, rows_ND: Tensor) -> dict[str, Any]:
+        """One optimizer step on this rank's part of a batch. Returns `step, tokens, fvu, aux_fvu, l0, dead_fraction,
+        resampled, lr, grad_norm`, of the whole batch; numbers that a device still computes are tensors. Raises
+        UserError when a gradient is not finite."""
+        settings, sae = self.settings, self.sae
         normed_ND = standardize(rows_ND)[0]
-        index_NK, value_NK = sae.encode_standardized(normed_ND)
+        index_NK, value_NK = sae.encode_normalized(normed_ND)
         x_hat_ND = sae.decode(index_NK, value_NK)
         fvu = fraction_unexplained(x_hat_ND, normed_ND)
 
         active_NK = value_NK > 0
-        silent_tokens_C += len(rows_ND)
-        silent_tokens_C[index_NK[active_NK]] = 0
-        dead = (silent_tokens_C >= settings.dead_after_tokens).nonzero().squeeze(1)
+        fired_C = torch.zeros_like(self.silent_tokens_C)
+        fired_C[index_NK[active_NK]] = 1
+        self.silent_tokens_C += settings.batch_rows
+        self.silent_tokens_C[all_reduce(fired_C) > 0] = 0
+        dead = self.dead()
         aux_fvu = auxiliary_loss(sae, normed_ND, x_hat_ND.detach(), dead, settings.aux_k)
 
         (fvu + settings.aux_coefficient * aux_fvu).backward()
+        for parameter in sae.parameters():
+            all_reduce(parameter.grad)
         remove_parallel_gradient(sae.decoder)
-        grad_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP, error_if_nonfinite=True)
-        lr = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        try:
+            grad_norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), GRADIENT_CLIP, error_if_nonfinite=True)
+        except RuntimeError:
+            raise UserError(
+                f"a gradient is not finite in step {self.num_steps + 1}: lower the learning rate, or take more rows."
+            ) from None
+        lr = settings.lr * lr_factor(self.num_steps, settings.steps, settings.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         normalize_rows(sae.decoder)
+        self.num_steps += 1
+        is_due = settings.resample_every and self.num_steps % settings.resample_every == 0
+        is_due = is_due and self.num_steps < (1 - DECAY_FRACTION) * settings.steps
+        resampled = self._resample(dead, normed_ND - x_hat_ND.detach()) if is_due else 0
+        return {
+            "step": self.num_steps,
+            "tokens": self.num_steps * settings.batch_rows,
+            "fvu": all_reduce(fvu.detach()),
+            "aux_fvu": all_reduce(aux_fvu.detach()),
+            "l0": all_reduce(active_NK.sum()) / settings.batch_rows,
+            "dead_fraction": len(dead) / settings.latents,
+            "resampled": resampled,
+            "lr": lr,
+            "grad_norm": grad_norm,
+        }
 
-        if step % settings.log_every == 0 or step == settings.steps:
-            log(
-                {
-                    "step": step,
-                    "tokens": step * settings.batch_rows,
-                    "seconds": time.perf_counter() - start,
-                    "fvu": fvu.item(),
-                    "aux_fvu": aux_fvu.item(),
-                    "l0": active_NK.sum().item() / len(rows_ND),
-                    "dead_fraction": len(dead) / settings.latents,
-                    "lr": lr,
-                    "grad_norm": grad_norm.item(),
-                }
-            )
-    if step < settings.steps:
-        raise UserError(f"the activations ended after {step} of {settings.steps} steps.")
-    return sae
+    def dead(self) -> Tensor:
+        """Ids of the latents that were not active for `dead_after_tokens`, int64."""
+        return (self.silent_tokens_C >= self.settings.dead_after_tokens).nonzero().squeeze(1)
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, besides settings and rows."""
+        tensors = {"silent_tokens": self.silent_tokens_C, "num_steps": torch.tensor(self.num_steps)}
+        for name, parameter in self.sae.named_parameters():
+            tensors[name] = parameter.detach()
+            moments = self.optimizer.state.get(parameter) or {}
+            tensors |= {f"{name}.{moment}": value for moment, value in moments.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
-def shuffle_rows(
-    chunks: Iterable[Tensor], batch_rows: int, buffer_batches: int, generator: torch.Generator
-) -> Iterator[Tensor]:
-    """[any, D] tensors -> batches [batch_rows, D] of rows drawn without replacement from a bounded buffer.
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.silent_tokens_C.copy_(tensors["silent_tokens"])
+        self.num_steps = int(tensors["num_steps"])
+        for name, parameter in self.sae.named_parameters():
+            parameter.copy_(tensors[name])
+            moments = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+            on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()}
+            self.optimizer.state[parameter] = on_device
 
-    Neighbouring rows come from one text and are alike; drawn from the buffer, they leave at different times.
-    Each row comes out once; what does not fill a batch at the end of the stream is dropped.
-    """
-    held, num_held = [], 0
-
-    def draw(num_batches: int) -> Iterator[Tensor]:
-        nonlocal held, num_held
-        pool = torch.cat(held)
-        pool = pool[torch.randperm(len(pool), generator=generator).to(pool.device)]
-        num_drawn = num_batches * batch_rows
-        held, num_held = [pool[num_drawn:]], len(pool) - num_drawn
-        return iter(pool[:num_drawn].split(batch_rows))
-
-    for chunk in chunks:
-        held.append(chunk)
-        num_held += len(chunk)
-        if num_held >= buffer_batches * batch_rows:
-            # Half stays behind: it mixes with what comes next.
-            yield from draw(num_held // batch_rows // 2)
-    if num_held >= batch_rows:
-        yield from draw(num_held // batch_rows)
-
-
-def initial_sae(normed_ND: Tensor, num_latents: int, k: int, generator: torch.Generator) -> TopKSAE:
-    """Random unit directions, read and written alike (encoder = decoder), around the mean of some rows.
-
-    The arithmetic mean will do where Gao et al. take the geometric median: standardised rows have one norm,
-    so there are no outliers to guard against.
-    """
-    sae = TopKSAE(normed_ND.shape[1], num_latents, k)
-    with torch.no_grad():
-        sae.decoder.normal_(generator=generator)
-        normalize_rows(sae.decoder)
-        sae.encoder.copy_(sae.decoder)
-        sae.pre_bias.copy_(normed_ND.mean(0))
-    return sae.to(normed_ND.device)
+    @torch.no_grad()
+    def _resample(self, dead: Tensor, error_ND: Tensor) -> int:
+        """Dead latents become directions of errors of rank 0's rows, drawn in proportion to their squares, as strong as
+        the average living latent. Returns how many."""
+        num = min(len(dead), len(error_ND))
+        if num == 0 or len(dead) == self.settings.latents:
+            return 0
+        chance_N = error_ND.square().sum(1).double().cpu()
+        generator = seeded(self.settings.seed, "resample", self.num_steps)
+        direction_MD = F.normalize(error_ND[chance_N.multinomial(num, generator=generator).to(dead.device)], dim=1)
+        if _world() > 1:
+            dist.broadcast(direction_MD, src=0)
+        is_alive_C = torch.ones(self.settings.latents, dtype=torch.bool, device=dead.device)
+        is_alive_C[dead] = False
+        dead = dead[torch.randperm(len(dead), generator=generator)[:num].to(dead.device)]
+        sae = self.sae
+        values = {
+            "decoder": direction_MD,
+            "encoder": direction_MD * sae.encoder[is_alive_C].norm(dim=1).mean(),
+            "latent_bias": sae.latent_bias[is_alive_C].mean(),
+        }
+        for name, value in values.items():
+            parameter = sae.get_parameter(name)
+            parameter[dead] = value
+            moments = self.optimizer.state[parameter]
+            moments["exp_avg"][dead] = 0
+            # Not 0 too: Adam's correction of young moments is long over, and the first steps would be three times too
+            # wide.
+            moments["exp_avg_sq"][dead] = moments["exp_avg_sq"][is_alive_C].mean(0)
+        self.silent_tokens_C[dead] = 0
+        return num
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -220,14 +230,30 @@ def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
     return min(1.0, up, down)
 
 
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Its sum over the ranks, in place."""
+    if _world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _mean_row(rows_ND: Tensor) -> Tensor:
+    return all_reduce(rows_ND.sum(0)) / all_reduce(torch.tensor(len(rows_ND), device=rows_ND.device))
+
+
 def fraction_unexplained(prediction_ND: Tensor, target_ND: Tensor) -> Tensor:
-    """Squared error over the target's variance around its mean row, a scalar: 0 is perfect, 1 is the mean."""
-    variance = (target_ND - target_ND.mean(0)).square().sum()
+    """Squared error over the target's variance around its mean row, a scalar: 0 is perfect, 1 is the mean. On several
+    ranks it is this rank's part of it: the parts, and their gradients, add up."""
+    variance = all_reduce((target_ND - _mean_row(target_ND)).square().sum())
     error = (prediction_ND - target_ND).square().sum()
     return error / variance.clamp_min(torch.finfo(variance.dtype).tiny)
 
 
-def auxiliary_loss(sae: TopKSAE, normed_ND: Tensor, x_hat_ND: Tensor, dead: Tensor, aux_k: int) -> Tensor:
+def auxiliary_loss(sae: SAE, normed_ND: Tensor, x_hat_ND: Tensor, dead: Tensor, aux_k: int) -> Tensor:
     """AuxK: how badly the best `aux_k` of the `dead` latents (int64 ids) explain the rows' error, a scalar.
 
     `x_hat_ND` comes detached: the active latents are not to be bent until their errors please the dead.
@@ -251,47 +277,3 @@ def remove_parallel_gradient(rows: Tensor) -> None:
 def normalize_rows(rows: Tensor) -> None:
     """Bring each row to unit norm; in place."""
     rows.copy_(F.normalize(rows, dim=1))
-
-
-class _RunningFVU:
-    """Fraction of variance unexplained over a stream, in fp64: the residual's mean is far from zero."""
-
-    def __init__(self):
-        self.num_rows, self.total, self.squares, self.error = 0, 0.0, 0.0, 0.0
-
-    def add(self, prediction_ND: Tensor, target_ND: Tensor) -> None:
-        prediction_ND, target_ND = prediction_ND.double(), target_ND.double()
-        self.num_rows += len(target_ND)
-        self.total = self.total + target_ND.sum(0)
-        self.squares += target_ND.square().sum().item()
-        self.error += (prediction_ND - target_ND).square().sum().item()
-
-    def value(self) -> float:
-        variance = self.squares - self.total.square().sum().item() / self.num_rows
-        return self.error / variance if variance > 0 else math.nan
-
-
-@torch.no_grad()
-def measure_sae(sae: TopKSAE, activations: Iterable[Tensor]) -> SAEReport:
-    """Measure on held-out rows [any, D] on the autoencoder's device. Raises UserError when there are none."""
-    raw, standardized = _RunningFVU(), _RunningFVU()
-    num_active = 0
-    fired_C = torch.zeros(sae.num_latents, dtype=torch.bool, device=sae.decoder.device)
-    for x_ND in activations:
-        normed_ND, mean, std = standardize(x_ND)
-        index_NK, value_NK = sae.encode_standardized(normed_ND)
-        x_hat_ND = sae.decode(index_NK, value_NK)
-        standardized.add(x_hat_ND, normed_ND)
-        raw.add(x_hat_ND * std + mean, x_ND)
-        active_NK = value_NK > 0
-        num_active += active_NK.sum().item()
-        fired_C[index_NK[active_NK]] = True
-    if raw.num_rows == 0:
-        raise UserError("there are no held-out rows to measure the autoencoder on.")
-    return SAEReport(
-        fvu=raw.value(),
-        fvu_standardized=standardized.value(),
-        l0=num_active / raw.num_rows,
-        dead_fraction=1 - fired_C.sum().item() / sae.num_latents,
-        num_rows=raw.num_rows,
-    )

@@ -1,10 +1,6 @@
-"""What the live teacher costs, and what a device could do; the student's cost is in model/flops.py."""
+"""What a device could do; the student's cost is in model/flops.py, the live teacher's in teacher/labels.py."""
 
 import torch
-
-from megacocomix.config import Config
-from megacocomix.model.flops import attention_flops, linear_flops
-from megacocomix.teacher.labels import ConceptLabeler
 
 # Dense bf16 peak of one device, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -14,18 +10,6 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "B200": 2250e12,
 }
-
-
-def labelling_flops(config: Config, labeler: ConceptLabeler) -> float:
-    """FLOPs a token of live labelling: a forward pass, the backward pass above the autoencoder's layer, encoding, K
-    scores. A backward pass that stops at activations costs a linear layer once more, attention twice."""
-    teacher, (latents, width) = labeler.teacher_shape(), labeler.sae.encoder.shape
-    linear, attention = linear_flops(teacher), attention_flops(teacher, config.model.context)
-    above = teacher.num_layers - config.teacher.sae_layer - 1
-    head = 2 * width * teacher.vocab_size
-    forward = teacher.num_layers * (linear + attention) + head
-    backward = above * (linear + 2 * attention) + head
-    return forward + backward + 2 * width * (latents + labeler.sae.k)
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:

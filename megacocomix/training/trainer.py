@@ -18,19 +18,20 @@ from megacocomix.checkpoint.convert.begin import first_value, say_init
 from megacocomix.checkpoint.store import StoredTensors, TrainingState, load_checkpoint
 from megacocomix.checkpoint.writer import CheckpointWriter
 from megacocomix.config import Config, dump_config
-from megacocomix.data.tokens import check_token_ids
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
 from megacocomix.evaluation.perplexity import perplexity, validation_batches
+from megacocomix.hub import local_folder
 from megacocomix.model.flops import student_flops
 from megacocomix.model.load import latest_checkpoint, list_checkpoints, read_checkpoint_manifest
-from megacocomix.model.losses import count_labelled, next_token_targets
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.pipeline import MicroBatch, Pipeline
 from megacocomix.parallel.recompute import recompute_blocks
 from megacocomix.parallel.runtime import Runtime, all_or_none, seed_step
 from megacocomix.parallel.stage import LocalStages, hidden_shape
 from megacocomix.parallel.zero import Engine
-from megacocomix.training.flops import device_peak, labelling_flops
+from megacocomix.teacher.sources import describe_labels
+from megacocomix.training.batches import StepBatches
+from megacocomix.training.flops import device_peak
 from megacocomix.training.metrics import MetricsLog
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megacocomix.training.run_folder import check_run_folder, code_version, log_to_file, write_run_folder
@@ -45,6 +46,9 @@ def train(config: Config, runtime: Runtime) -> int:
     with all_or_none():
         check_config(config, runtime.world)
         run = check_run_folder(config)
+        if config.concepts and runtime.is_main:  # the others wait here, and find it downloaded
+            local_folder(config.teacher.model, download=True)
+    with all_or_none():
         inputs = open_inputs(config, runtime.device)
     with all_or_none():
         # After every rank has compared the folder's config, which is now written again.
@@ -77,10 +81,10 @@ class Trainer:
         self.writer = CheckpointWriter(run, self.engine, self.about, config.checkpoint)
         self.metrics = MetricsLog(run, config, self.state.step) if runtime.is_main else None
         self.last_step = config.training.stop_after or config.training.steps
+        self.batches = StepBatches(config, self.grid, inputs, self.last_step)
         self.tokens_per_step = config.training.global_batch * config.model.context
         self.student_flops = student_flops(config)
-        self.teacher_flops = labelling_flops(config, inputs.labeler) if inputs.labeler else 0.0
-        self.bad_data: UserError | None = None
+        self.teacher_flops = inputs.labels.live_flops * inputs.labels.live_share if inputs.labels else 0.0
         self.stop_signal = 0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note_signal)
@@ -166,17 +170,12 @@ class Trainer:
         device."""
         config, state, stages = self.config, self.state, self.stages
         seed_step(config.training.seed, state.step, self.runtime.rank)
-        tokens = [self._read(positions) for positions in self._positions()]
-        labels = self._label(tokens)
+        batches, stages.num_labelled = self.batches.take(state.step)
         stages.num_targets = config.training.global_batch * (config.model.context - 1)
         stages.losses.zero_()
         set_learning_rate(self.engine.optimizer, self._learning_rate(state.step))
         self.engine.train()
         self.engine.begin_step()
-        batches = [
-            MicroBatch(tokens_BT, next_token_targets(tokens_BT), labels_BTk)
-            for tokens_BT, labels_BTk in zip(tokens, labels, strict=True)
-        ]
         self.pipeline.train(self.engine, self.engine.before_backward, batches)
         self.engine.step()
         state.step += 1
@@ -187,45 +186,9 @@ class Trainer:
             self.metrics.advance(state.step)
         return self._own_losses()
 
-    def _label(self, tokens: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Concept labels of each micro-batch. The ranks of one copy of the model see the same samples: each labels its
-        part of them, and only the labels travel."""
-        if not self.inputs.labeler:
-            return [None] * len(tokens)
-        grid, batch = self.grid, self.config.training.micro_batch
-        tokens_NT = torch.cat(tokens)
-        labels_NTk = tokens_NT.new_zeros(*tokens_NT.shape, self.config.method.num_labels)
-        first, stop = (len(tokens_NT) * rank // grid.model for rank in (grid.model_rank, grid.model_rank + 1))
-        for start in range(first, stop, batch):
-            rows = slice(start, min(start + batch, stop))
-            labels_NTk[rows] = self.inputs.labeler(tokens_NT[rows])
-        dist.all_reduce(labels_NTk, group=grid.model_group)
-        num_labelled = count_labelled(labels_NTk)
-        dist.all_reduce(num_labelled, group=grid.data_group)
-        self.stages.num_labelled = num_labelled.clamp_(min=1)
-        return list(labels_NTk.split(batch))
-
     def _own_losses(self) -> torch.Tensor:
         """This rank's share of the losses: the tensor ranks of a stage know the same, and one of them counts."""
         return self.stages.losses.clone() if self.grid.tensor_rank == 0 else torch.zeros_like(self.stages.losses)
-
-    def _positions(self) -> list[range]:
-        """This data rank's micro-batches of the current step, as positions of the sample order."""
-        training = self.config.training
-        first = self.state.step * training.global_batch
-        stride = training.micro_batch * self.grid.data
-        starts = range(first + self.grid.data_rank * training.micro_batch, first + training.global_batch, stride)
-        return [range(start, start + training.micro_batch) for start in starts]
-
-    def _read(self, positions: range) -> torch.Tensor:
-        tokens = self.inputs.train.batch(positions)
-        try:
-            check_token_ids(tokens, self.inputs.vocab_size, self.config.data.train)
-        except UserError as error:
-            # The others are on their way into this step's collectives: go with them, and stop together after it.
-            self.bad_data = error
-            tokens = tokens.clip(0, self.inputs.vocab_size - 1)
-        return torch.from_numpy(tokens).to(self.runtime.device)
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.config.optimizer, self.config.training.steps)
@@ -319,15 +282,15 @@ class Trainer:
         Completes a checkpoint that all have written. Raises UserError, on all ranks, when one has read data that cannot
         be trained on.
         """
-        flags = torch.tensor([self.stop_signal, self.bad_data is not None, self.writer.is_writing])
+        flags = torch.tensor([self.stop_signal, self.batches.bad_data is not None, self.writer.is_writing])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         stop_signal, bad_data, is_writing = flags.tolist()
         if not is_writing:
             self._complete_save()
         if bad_data:
             with all_or_none():
-                if self.bad_data:
-                    raise self.bad_data
+                if self.batches.bad_data:
+                    raise self.batches.bad_data
         return bool(stop_signal)
 
     def _progress_record(self) -> dict:
@@ -356,8 +319,9 @@ class Trainer:
             f"pipeline {grid.pipeline} × data {grid.data} × tensor {grid.tensor}, ZeRO {config.parallel.zero}, "
             f"{self.runtime.device.type}, {self.inputs.train.num_windows:,} training windows, "
             f"{self.student_flops / 1e6:.1f} MFLOP a token for the student"
-            + (f", {self.teacher_flops / 1e6:.1f} for the teacher" if self.teacher_flops else "")
         )
+        if labels := self.inputs.labels:
+            self._say(describe_labels(config, labels, self.student_flops, self.inputs.train.num_windows))
         for warning in layout_warnings(config, self.runtime.world):
             self._say(f"warning: {warning}")
         if self.inputs.init and not state.step:

@@ -5,7 +5,7 @@ import tiny
 from megacocomix.config import ModelConfig
 from megacocomix.model.concept import ConceptMixer, interleave, standardize
 from megacocomix.model.gpt2 import GPT2, initial_value, initialise
-from megacocomix.model.losses import MASKED, label_cross_entropy, next_token_targets
+from megacocomix.model.losses import MASKED, frozen_head_loss, label_cross_entropy, next_token_targets
 
 SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
 
@@ -112,3 +112,29 @@ def test_the_models_heads_are_tied():
     model = student(1)
     assert model.head.weight is model.embed.tokens.weight
     assert [name for name, _ in model.named_parameters()].count("head.weight") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_heads_loss_and_gradient_are_those_of_its_logits_in_slices_and_near_certainty(dtype, monkeypatch):
+    monkeypatch.setattr("megacocomix.model.losses.CHUNK_ELEMENTS", 5 * 37)
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(37, 16, generator=generator), torch.randn(37, generator=generator)
+    targets = torch.randint(37, (11,), generator=generator)
+    hidden = torch.randn(11, 16, generator=generator)
+    hidden[:4] = 0.6 * weight[targets[:4]]  # nearly certain of the right token
+    targets[6] = MASKED
+    exact = [each.to(dtype).double() for each in (hidden, weight, bias)]
+    exact[0].requires_grad_()
+    expected = torch.nn.functional.cross_entropy(
+        exact[0] @ exact[1].T + exact[2], targets, ignore_index=MASKED, reduction="sum"
+    )
+    expected.backward()
+    ours = hidden.to(dtype).requires_grad_()
+    loss = frozen_head_loss(ours, weight.to(dtype), bias.to(dtype), targets)
+    (0.5 * loss).backward()
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    assert (ours.grad[6] == 0).all()
+    for row in range(11):
+        difference = (2 * ours.grad[row].double() - exact[0].grad[row]).norm()
+        assert difference <= tolerance * exact[0].grad[row].norm() + 1e-12, row

@@ -8,7 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from megacocomix.errors import UserError
 from megacocomix.teacher import sae as sae_module
-from megacocomix.teacher.sae import FORMAT, TopKSAE
+from megacocomix.teacher import sae_file
+from megacocomix.teacher.sae import SAE, SAEForm
+from megacocomix.teacher.sae_file import FORMAT, load_sae, save_sae
+from megacocomix.teacher.sae_formats import from_openai
 
 WIDTH, LATENTS, K = 24, 96, 5
 INFO = {
@@ -43,7 +46,7 @@ def dense_formula(state, x, k):
 
 @pytest.fixture
 def sae():
-    return TopKSAE.from_openai(openai_state(), K)
+    return from_openai(openai_state(), SAEForm(k=K), "state")
 
 
 @pytest.fixture
@@ -54,13 +57,13 @@ def x():
 @pytest.fixture
 def saved(sae, tmp_path):
     path = tmp_path / "new" / "folder" / "sae.safetensors"
-    sae.save(path, INFO)
+    save_sae(sae, path, INFO)
     return path
 
 
 def rewrite(path, header=None, weights=None):
     """The file at `path` with some header entries and tensors replaced; None removes an entry."""
-    with sae_module.safe_open(path, "pt") as file:
+    with sae_file.safe_open(path, "pt") as file:
         header = {**file.metadata(), **(header or {})}
     weights = {**load_file(path), **(weights or {})}
     keep = lambda entries: {name: value for name, value in entries.items() if value is not None}
@@ -80,7 +83,7 @@ def test_latents_that_are_not_positive_are_zero(x):
     state = openai_state()
     state["latent_bias"] -= 12
     latents, x_hat = dense_formula(state, x, K)
-    sae = TopKSAE.from_openai(state, K)
+    sae = from_openai(state, SAEForm(k=K), "state")
     _, value = sae.encode(x)
     assert (value == 0).any()
     assert (value > 0).sum() == (latents > 0).sum()
@@ -110,8 +113,8 @@ def test_bf16_residuals_come_back_as_bf16(sae, x):
 
 
 def test_file_gives_back_the_same_bits_frozen_and_what_was_recorded(sae, saved):
-    loaded = TopKSAE.load(saved)
-    assert (loaded.k, loaded.width, loaded.num_latents) == (K, WIDTH, LATENTS)
+    loaded = load_sae(saved)
+    assert (loaded.form, loaded.width, loaded.num_latents) == (SAEForm(k=K), WIDTH, LATENTS)
     assert loaded.info == INFO
     for name, weight in loaded.named_parameters():
         assert torch.equal(weight, sae.get_parameter(name))
@@ -121,27 +124,27 @@ def test_file_gives_back_the_same_bits_frozen_and_what_was_recorded(sae, saved):
 
 def test_missing_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="no such SAE file"):
-        TopKSAE.load(tmp_path / "sae.safetensors")
+        load_sae(tmp_path / "sae.safetensors")
 
 
 def test_file_that_is_not_safetensors_is_refused(tmp_path):
     path = tmp_path / "5.pt"
     torch.save(openai_state(), path)
     with pytest.raises(UserError, match=r"5\.pt: not a readable safetensors file.*train_sae"):
-        TopKSAE.load(path)
+        load_sae(path)
 
 
 def test_truncated_file_is_refused(saved):
     saved.write_bytes(saved.read_bytes()[:-100])
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        TopKSAE.load(saved)
+        load_sae(saved)
 
 
 def test_safetensors_file_of_another_project_is_refused(tmp_path):
     path = tmp_path / "sae.safetensors"
     save_file(openai_state(), path)
     with pytest.raises(UserError, match=f"format 'none', not '{FORMAT}'.*train_sae"):
-        TopKSAE.load(path)
+        load_sae(path)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +153,11 @@ def test_safetensors_file_of_another_project_is_refused(tmp_path):
         ({"format": "other"}, "format 'other'"),
         ({"version": "99"}, "version 99"),
         ({"version": "new"}, "header is damaged"),
+        ({"version": "1"}, "version 1"),
         ({"activation": "jumprelu"}, "activation 'jumprelu'"),
-        ({"normalization": json.dumps({"kind": "none"})}, "normalises with"),
+        ({"activation": "relu"}, "belongs to the activation topk"),
+        ({"normalization": json.dumps({"kind": "other"})}, "normalization 'other'"),
+        ({"normalization": json.dumps({"kind": "standardize", "eps": 1e-5, "unbiased": False})}, "normalises with"),
         ({"k": None}, "header is damaged"),
         ({"k": str(LATENTS + 1)}, f"k is {LATENTS + 1}"),
         ({"info": "{"}, "header is damaged"),
@@ -160,7 +166,7 @@ def test_safetensors_file_of_another_project_is_refused(tmp_path):
 def test_header_that_this_code_does_not_compute_is_refused(saved, header, message):
     rewrite(saved, header=header)
     with pytest.raises(UserError, match=message):
-        TopKSAE.load(saved)
+        load_sae(saved)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +177,40 @@ def test_header_that_this_code_does_not_compute_is_refused(saved, header, messag
         ({"latent_bias": torch.zeros(LATENTS - 1)}, "shapes of its tensors disagree"),
         ({"decoder": torch.zeros(WIDTH, LATENTS)}, "shapes of its tensors disagree"),
         ({"encoder": torch.zeros(LATENTS)}, "shapes of its tensors disagree"),
+        ({"decoder": torch.full((LATENTS, WIDTH), torch.nan)}, f"not finite .{LATENTS * WIDTH} of decoder."),
     ],
 )
 def test_tensors_that_disagree_are_refused(saved, weights, message):
     rewrite(saved, weights=weights)
     with pytest.raises(UserError, match=message):
-        TopKSAE.load(saved)
+        load_sae(saved)
 
 
 @pytest.mark.parametrize("k", [0, LATENTS + 1])
 def test_k_outside_the_latents_is_refused(k):
     with pytest.raises(UserError, match=f"k is {k}; it must be from 1"):
-        TopKSAE(WIDTH, LATENTS, k)
+        SAE(WIDTH, LATENTS, SAEForm(k=k))
+
+
+@pytest.mark.parametrize("normalization", ["none", "center", "rescale", "standardize"])
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+def test_every_form_comes_back_from_its_file_and_reconstructs(x, tmp_path, activation, normalization):
+    form = SAEForm(activation, K if activation == "topk" else None, normalization)
+    sae = from_openai(openai_state(), form, "state")
+    save_sae(sae, tmp_path / "sae.safetensors", {})
+    loaded = load_sae(tmp_path / "sae.safetensors")
+    assert loaded.form == form
+    assert torch.equal(loaded.reconstruct(x), sae.reconstruct(x))
+    normed, mean, scale = form.normalize(x)
+    torch.testing.assert_close(normed * scale + mean, x, rtol=1e-4, atol=1e-4)
+
+
+def test_relu_keeps_every_positive_latent_and_no_other(x, monkeypatch):
+    state = openai_state()
+    sae = from_openai(state, SAEForm("relu", normalization="none"), "state")
+    monkeypatch.setattr(sae_module, "MAX_PRE_ACTIVATIONS", 3 * LATENTS)  # chunks differ in how many they keep
+    dense = ((x - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]).relu()
+    index, value = sae.encode(x)
+    assert index.shape[-1] == (dense > 0).sum(-1).max()
+    rebuilt = torch.zeros_like(dense).scatter_add(-1, index, value)
+    torch.testing.assert_close(rebuilt, dense, rtol=1e-6, atol=1e-5)

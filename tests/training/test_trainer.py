@@ -41,7 +41,7 @@ def train_and_signal(config: Config) -> tuple[int, list[str]]:
 
     def label_then_signal(self, tokens):
         calls.append(1)
-        if len(calls) == 5 and os.environ["RANK"] == "1":  # two micro-batches a step
+        if len(calls) == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         return label(self, tokens)
 

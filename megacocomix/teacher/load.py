@@ -1,0 +1,132 @@
+"""A teacher from a folder: GPT-2 of Hugging Face or a run of ours on our own modules, any other Hugging Face causal LM
+whose blocks can be listed on transformers' modules."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megacocomix.config import Location, parse_yaml
+from megacocomix.data.tokenizer import Tokenizer, load_tokenizer
+from megacocomix.errors import UserError
+from megacocomix.hub import local_folder
+from megacocomix.model.gpt2 import GPT2
+from megacocomix.model.load import load_model, weights_sha256
+from megacocomix.teacher.cut import Teacher, TeacherModel
+
+
+def load_teacher(
+    path: str | Path,
+    layer: int,
+    location: Location = "resid_post_mlp",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Teacher:
+    """The teacher in the folder `path`, cut at a block. Raises UserError for a folder without a model, a student with
+    concepts (its residual stream changes length half-way), a layer that it does not have, or a location that its blocks
+    have not got."""
+    try:
+        return Teacher(load_teacher_model(path, device, dtype), layer, location)
+    except UserError as error:
+        raise UserError(
+            *(line if str(path) in line else f"teacher {path}: {line}" for line in error.problems)
+        ) from None
+
+
+def load_teacher_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> TeacherModel:
+    """The model of a teacher, not yet cut. Raises UserError, also for weights that are not finite."""
+    path = local_folder(path)
+    is_one_file = (path / "model.safetensors").is_file() or not list(path.glob("model-*.safetensors"))
+    if _hf_model_type(path) not in (None, "gpt2") or not is_one_file:
+        return _load_hf(path, device, dtype)
+    loaded = load_model(path)
+    if loaded.model.concept is not None:
+        raise UserError(f"teacher {path} has a concept module; only next-token models can be teachers.")
+    _check_finite(loaded.model, path)
+    return gpt2_teacher(loaded.model.to(device=device, dtype=dtype), loaded.sha256)
+
+
+def _check_finite(model: nn.Module, path: Path) -> None:
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(f"teacher {path} holds weights that are not finite: get it again.")
+
+
+def gpt2_teacher(model: GPT2, sha256: str = "") -> TeacherModel:
+    """A model of ours as a teacher; it is frozen."""
+    model.eval().requires_grad_(False)
+
+    def body(tokens_BT: Tensor) -> Tensor:
+        x_BTD = model.embed(tokens_BT)
+        for block in model.blocks.values():
+            x_BTD = block(x_BTD)
+        return model.norm(x_BTD)
+
+    return TeacherModel(body, model.head, list(model.blocks.values()), len(model.embed.positions.weight), sha256)
+
+
+def teacher_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer that a teacher's folder carries, or that its run was configured with; None where it has none."""
+    path = local_folder(path)
+    if (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file():
+        return load_tokenizer(path)
+    if (path / "tokenizer.model").is_file():
+        return load_tokenizer(path / "tokenizer.model")
+    for file, key in ((path / "config.yaml", None), (path / "checkpoint.json", "config")):
+        if file.is_file():
+            values = parse_yaml(file.read_text(), str(file))
+            spec = (values[key] if key else values).get("data", {}).get("tokenizer")
+            return load_tokenizer(spec) if spec and (spec == "gpt2" or Path(spec).exists()) else None
+    return None
+
+
+def _hf_model_type(path: Path) -> str | None:
+    """None where it is no Hugging Face folder, or one that only load_model can say what is wrong with."""
+    try:
+        return json.loads((path / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _load_hf(path: Path, device: str | torch.device, dtype: torch.dtype) -> TeacherModel:
+    from transformers import AutoModelForCausalLM
+
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"teacher {path} holds no .safetensors file: save it with save_pretrained.")
+    try:
+        # A folder's own Python is never run, and nobody is asked whether it may be.
+        lm = AutoModelForCausalLM.from_pretrained(
+            path, local_files_only=True, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises whatever its parsers do
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"teacher {path} cannot be loaded by transformers: {reason:.200}") from None
+    lm.eval().requires_grad_(False).to(device)
+    _check_finite(lm, path)
+    config = lm.config.get_text_config()
+    base, head, blocks = lm.base_model, lm.get_output_embeddings(), _list_blocks(lm, config.num_hidden_layers)
+    if not isinstance(head, nn.Linear) or blocks is None:
+        what = "blocks" if blocks is None else "linear head"
+        raise UserError(f"teacher {path} is a {type(lm).__name__}, whose {what} cannot be found.")
+    body = lambda tokens_BT: base(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    with torch.no_grad():
+        probe = torch.arange(4, device=head.weight.device)[None]
+        logits, expected = head(body(probe)), lm(input_ids=probe, use_cache=False).logits
+    if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+        raise UserError(f"teacher {path} is a {type(lm).__name__}, which does more to its logits than its head does.")
+    context = getattr(config, "max_position_embeddings", None)
+    if not context:
+        raise UserError(f"teacher {path} does not say how many tokens it reads: set max_position_embeddings.")
+    return TeacherModel(body, head, blocks, context, weights_sha256(path))
+
+
+def _list_blocks(model: nn.Module, num_blocks: int) -> list[nn.Module] | None:
+    """The one list of as many modules of one kind as the config says there are blocks."""
+    lists = [
+        list(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_blocks and len(set(map(type, module))) == 1
+    ]
+    return lists[0] if len(lists) == 1 else None

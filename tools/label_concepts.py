@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Label the training windows of a config once, for any number of runs: with teacher.labels=DIR they read the labels
+instead of running the teacher.
+
+    python tools/label_concepts.py --config configs/tiny.yaml --out data/labels
+    torchrun --nproc-per-node 8 tools/label_concepts.py --config configs/1.38b.yaml --out data/owt-labels
+
+One cache serves every student size, layout, seed and method option that does not choose labels, as long as data, window
+length, teacher and autoencoder are the same. Processes share only the folder: start as many as there are GPUs, on as
+many hosts, at any time; started again, they go on. A cache that is not complete can be trained on.
+
+Exit codes: 0 the cache is complete, or what is missing is being labelled by others; 2 a mistake to mend; 75 stopped on
+a signal."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+from megacocomix.config import load_config  # noqa: E402
+from megacocomix.errors import (  # noqa: E402
+    EXIT_FINISHED,
+    EXIT_REQUEUE,
+    EXIT_USER,
+    UserError,
+    run_cli,
+    say_problems,
+)
+
+
+def main() -> int:
+    """Parse the command line, label, print how the cache stands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML recipe, such as configs/tiny.yaml")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the cache, new or begun")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change an option of the recipe")
+    options = parser.parse_intermixed_args()
+    config = load_config(options.config, options.overrides)
+
+    import torch
+
+    from megacocomix.teacher.label_job import label_all
+    from megacocomix.validate import check_config
+
+    check_config(config, config.parallel.tensor * config.parallel.pipeline)
+    rank, world, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    report = label_all(config, options.out, device, rank, world)
+    print(
+        f"{options.out}: {report.num_labelled:,} windows labelled by this process; {report.num_held:,} of "
+        f"{report.num_windows:,} are there" + ("; stopped on a signal" if report.is_stopped else ""),
+        flush=True,
+    )
+    if report.problems:
+        say_problems(UserError(*report.problems))
+        return EXIT_USER
+    return EXIT_REQUEUE if report.is_stopped else EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    run_cli(main)
