@@ -2,7 +2,8 @@
 fp32.
 
 Written to measure against; nothing else uses it. Where the published code does more than the recipe asks (it keeps the
-graph of the encoder, and its teacher has an attention without a fused kernel), this does less.
+graph of the encoder, and its teacher's gradients add up for ever), this does less. Its teacher's attention has no fused
+kernel; the model that comes in decides that here.
 """
 
 import torch
