@@ -41,9 +41,9 @@ def label_all(config: Config, out: Path, device: torch.device, rank: int = 0, wo
     whose bytes do not give its SHA-256 is labelled again.
 
     Processes share nothing but the folder: rank and world only say where each begins. On SIGTERM, SIGINT and SIGUSR1 it
-    ends after the windows at hand; the shard that was begun is lost. A full disk, or
-    data that cannot be read, ends this process alone: the report says so. Raises UserError for a config without
-    concepts, inputs that do not fit, and a folder of something else.
+    ends after the windows at hand; the shard that was begun is lost. A full disk, or data that cannot be read, ends
+    this process alone: the report says so. Raises UserError for a config without concepts, inputs that do not fit, and
+    a folder of something else.
     """
     if not config.concepts:
         raise UserError(f"method.name {config.method.name} has no concepts to label. Use method.name=cocomix.")
@@ -57,7 +57,6 @@ def label_all(config: Config, out: Path, device: torch.device, rank: int = 0, wo
     local_folder(config.teacher.model, download=True)  # processes that ask at once wait for the first one's download
     labeler = open_labeler(config, device, tokenizer.eot_id)
     report = LabelReport(num_windows=train.num_windows)
-    handlers = _note_signals(report)
     manifest = start_cache(out, wanted_cache(config, labeler, train))
     if rank == 0:
         print(
@@ -69,17 +68,16 @@ def label_all(config: Config, out: Path, device: torch.device, rank: int = 0, wo
     with tqdm(
         total=manifest.num_windows, unit="window", desc="labelling", disable=rank > 0 or not sys.stderr.isatty()
     ) as bar:
-        # Each process begins with the shards that are its own, then helps with what is left, until nothing is to be
-        # had.
+        # Each begins with the shards that are its own, then helps with what is left, until nothing is to be had.
         shards = sorted(range(manifest.num_shards), key=lambda shard: (shard - rank) % world)
+        handlers = _note_signals(report)
         try:
             while _pass_over(shards, out, manifest, labeler, train, report, bar, rank, world):
                 pass
         except OSError as error:
             report.problems = (
-                f"{out} cannot be written ({error.strerror or error}): the shards that are complete stay "
-                "valid; mend it "
-                "and start the same command again.",
+                f"{out} cannot be written ({error.strerror or error}): the shards that are complete stay valid; "
+                "mend it and start the same command again.",
             )
         except UserError as error:
             report.problems = error.problems
@@ -101,7 +99,8 @@ def _pass_over(
     rank: int,
     world: int,
 ) -> bool:
-    """Label every shard that is missing and not another's. Returns whether there was any, and no signal came."""
+    """Label every shard that is missing and not another's. Returns whether to look again: there was one, one is missing
+    still, and no signal came."""
     before = report.num_labelled
     for shard in shards:
         # Its own it also compares with their hashes.
@@ -114,7 +113,7 @@ def _pass_over(
                 report.num_labelled += len(labels)
         if report.is_stopped:
             return False
-    return report.num_labelled > before
+    return report.num_labelled > before and not all(shard_file(out, shard).is_file() for shard in shards)
 
 
 def _label(
