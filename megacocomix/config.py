@@ -4,29 +4,18 @@ The sentence under a field is its documentation; docs/options.md is generated fr
 files are in validate.py. Nothing here touches torch, so a config is read in milliseconds.
 """
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from megacocomix.errors import UserError, nearest
+from megacocomix.method import COCOMIX, PRESETS, MethodConfig
+from megacocomix.section import Decay, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
+from megacocomix.yaml_text import parse_yaml
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-LabelSource = Literal["attribution", "activation", "random"]
-LabelSign = Literal["positive", "negative", "absolute"]
 Location = Literal["resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn"]
-
-
-class Section(BaseModel):
-    """A section of the config: unknown keys refused, no silent type coercion, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -45,61 +34,28 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout after embedding, attention and MLP. null means 0.0, or 0.1 with method.match_reference."""
     control_hidden_size: Positive | None = None
-    """Width of the next-token control with as many activated parameters (paper, appendix A). With method.name=ntp it
-    takes the place of hidden_size, unless model.hidden_size is itself an override on the command line."""
-
-
-class MethodConfig(Section):
-    """What is trained besides the next token."""
-
-    name: Literal["cocomix", "ntp"]
-    """cocomix: predict, compress and interleave concepts. ntp: plain next-token prediction; the other keys of this
-    section and the teacher are not used."""
-    insertion_layer: NonNegative = 5
-    """The concept module stands before this block (0-based); this and later blocks run on 2T positions."""
-    num_concepts: Positive = 32768
-    """Concepts C of the prediction head: the number of latents of the teacher's sparse autoencoder."""
-    num_kept: Positive = 32
-    """Predicted concepts K kept for the continuous concept (largest raw logits)."""
-    num_labels: Positive = 4
-    """Concept labels K_attr a position, taken from the concepts that are active in the teacher there."""
-    label_source: LabelSource = "attribution"
-    """What puts a concept first. attribution: how much its growth would change the teacher's loss. activation: how
-    strongly it is active (paper §3.3). random: nothing, which is the control."""
-    label_sign: LabelSign = "positive"
-    """Which attributions count. positive: of concepts that raise the teacher's loss (the published code). negative:
-    that lower it. absolute: either."""
-    label_end_of_text: bool = True
-    """Whether positions whose token is the tokenizer's end of text are labelled."""
-    concept_weight: NonNegativeFloat = 0.1
-    """Weight λ of the concept loss."""
-    mask_unlabelled: bool | None = None
-    """Leave positions without a signal (the last of a window; fewer than num_labels concepts on label_sign's side) out
-    of the concept loss. null means true, or false with method.match_reference (the reference trains on arbitrary
-    indices there)."""
-    match_reference: bool = False
-    """Follow the published code wherever we differ on purpose: the null defaults of model.dropout,
-    method.mask_unlabelled and optimizer.decay take the reference's values. A value that is written out wins."""
+    """Width of a control with as many activated parameters (paper, appendix A). Where method.predict is nothing (ntp,
+    kd, pause) it takes the place of hidden_size, unless model.hidden_size is itself an override on the command line."""
 
 
 class TeacherConfig(Section):
-    """Where concept labels come from."""
+    """Where concept labels, hidden states and distributions to learn come from."""
 
     model: str
     """Folder of the frozen teacher: a Hugging Face causal LM (safetensors), or a run or checkpoint of ours. Its size is
     independent of the student's, its tokenizer is not. A name on Hugging Face's hub is downloaded once."""
-    sae: str
+    sae: str | None = None
     """Sparse autoencoder on the teacher's residual stream: one safetensors file (tools/train_sae.py,
-    tools/convert_sae.py)."""
+    tools/convert_sae.py). Concept labels need it, nothing else does."""
     sae_layer: NonNegative = 5
-    """Block (0-based) whose residual the autoencoder reads."""
+    """Block (0-based) whose residual the autoencoder reads, or whose hidden state is predicted."""
     location: Location = "resid_post_mlp"
     """Where in that block: after the block, after its attention, or the MLP's or attention's own contribution."""
     labels: str = "live"
     """live: the teacher labels each batch during training. Else the folder of a label cache (tools/label_concepts.py);
     windows that it does not hold are labelled live."""
     windowed: bool = False
-    """Label a window longer than the teacher's context piece by piece, each piece by itself. false refuses such a
+    """Read a window longer than the teacher's context piece by piece, each piece by itself. false refuses such a
     model.context."""
     precision: Literal["bf16", "fp32"] | None = None
     """What the teacher computes in; attribution is fp32 in either. null means bf16 on a GPU, fp32 on a CPU."""
@@ -204,12 +160,22 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation loss during training."""
+    """Validation loss and benchmark tasks during training."""
 
     every: Positive = 500
     """Steps between validations; the last step is always validated."""
     batches: Positive = 100
     """Validate on this many × training.global_batch sequences, in file order, at most all there are."""
+    tasks: list[str] = []
+    """Tasks of lm-evaluation-harness to score as tools/evaluate.py --tasks does, by name."""
+    tasks_every: Positive | None = None
+    """Steps between scoring them, on a checkpoint that is saved for it; the last step is always scored. null means the
+    last step alone."""
+    tasks_data: str | None = None
+    """Folder of tools/fetch_eval_data.py; what it lacks comes from Hugging Face's hub. null means data/eval, where that
+    is there."""
+    tasks_limit: Positive | None = None
+    """Score the first so many samples of each task. null means all."""
 
 
 class LoggingConfig(Section):
@@ -239,45 +205,6 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    @property
-    def concepts(self) -> bool:
-        """Whether the student has a concept module, and so the run a teacher."""
-        return self.method.name == "cocomix"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people mean it: `1e-4` is a number, and a key given twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise UserError(f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: {key} is given twice.")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML with the rules of `_Loader`; `name` is said in errors. Raises UserError on malformed text."""
-    try:
-        loader = _Loader(text)
-        loader.name = name
-        return loader.get_single_data()
-    except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from None
-
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read FILE, apply `section.key=value` overrides, resolve the null defaults. All problems are reported in one
@@ -290,6 +217,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a config: expected sections such as model and training.")
     given = [_apply_override(values, override) for override in overrides]
+    _take_preset(values, given)
     _take_control_width(values, given)
     return build_config(values, str(path))
 
@@ -323,9 +251,32 @@ def _apply_override(values: dict, override: str) -> str:
     return key
 
 
+def _take_preset(values: dict, given: list[str]) -> None:
+    """A preset named on the command line also replaces what the recipe writes out, and what would contradict it: it is
+    of that name over any recipe. A weight that both the recipe and the preset use stays the recipe's."""
+    method = values.get("method")
+    if "method.name" not in given or not isinstance(method, dict):
+        return
+    for key, value in PRESETS.get(str(method.get("name")), {}).items():
+        is_weight_of_both = key.endswith("_weight") and value and method.get(key)
+        if f"method.{key}" not in given and not is_weight_of_both:
+            method.pop(key, None)
+    chosen = PRESETS.get(str(method.get("name")), COCOMIX) | method
+    pointless = {
+        "interleave_every": chosen["mix"] == "nothing" or chosen["placement"] == "add",
+        "label_sign": chosen["label_source"] != "attribution",
+    }
+    for key, is_pointless in pointless.items():
+        if is_pointless and f"method.{key}" not in given:
+            method.pop(key, None)
+
+
 def _take_control_width(values: dict, given: list[str]) -> None:
     model, method = values.get("model"), values.get("method")
-    if not (isinstance(model, dict) and isinstance(method, dict)) or method.get("name") != "ntp":
+    if not (isinstance(model, dict) and isinstance(method, dict)):
+        return
+    predict = method.get("predict") or PRESETS.get(str(method.get("name")), COCOMIX)["predict"]
+    if predict != "nothing":
         return
     control = model.pop("control_hidden_size", None)
     if control is not None and "model.hidden_size" not in given:
@@ -333,7 +284,7 @@ def _take_control_width(values: dict, given: list[str]) -> None:
 
 
 def _resolve_defaults(config: Config) -> Config:
-    reference = config.method.match_reference
+    method, reference = config.method.resolved(), config.method.match_reference
 
     def fill(section: Section, field: str, ours, theirs) -> Section:
         value = getattr(section, field)
@@ -349,7 +300,7 @@ def _resolve_defaults(config: Config) -> Config:
         update={
             "parallel": parallel,
             "model": fill(config.model, "dropout", 0.0, 0.1),
-            "method": fill(config.method, "mask_unlabelled", True, False),
+            "method": fill(method, "mask_unlabelled", True, False),
             "optimizer": fill(config.optimizer, "decay", "matrices", "all"),
         }
     )

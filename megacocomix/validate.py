@@ -3,6 +3,7 @@ to do."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -12,20 +13,21 @@ from megacocomix.config import Config
 from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
+from megacocomix.evaluation.harness import parse_tasks
 from megacocomix.parallel.grid import grid_problem
 from megacocomix.parallel.pipeline import bubble_fraction
-from megacocomix.teacher.labels import open_labeler
-from megacocomix.teacher.sources import ConceptLabels, open_labels
+from megacocomix.teacher.guidance import Guidance, open_guidance
+from megacocomix.teacher.labels import open_labeler, open_teacher
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: its two splits, where labels come from (None without concepts), and the weights to begin with
-    (None where they are drawn)."""
+    """What a run reads: its two splits, what it learns from a teacher (None where nothing), and the weights to begin
+    with (None where they are drawn)."""
 
     train: TokenDataset
     valid: TokenDataset
-    labels: ConceptLabels | None
+    guidance: Guidance | None
     vocab_size: int
     """Tokens are below this: the smaller of the model's and the teacher's vocabulary."""
     init: Source | None = None
@@ -33,8 +35,8 @@ class Inputs:
     def identity(self) -> dict[str, str]:
         """Hashes of everything read, whatever it is called: a run goes on only on the same."""
         found = {"data.train": self.train.shards.fingerprint, "data.valid": self.valid.shards.fingerprint}
-        if self.labels:
-            found |= {"teacher.model": self.labels.teacher_sha256, "teacher.sae": self.labels.sae_sha256}
+        if self.guidance:
+            found |= self.guidance.identity()
         if self.init:
             found["training.init"] = self.init.sha256
         return found
@@ -63,14 +65,16 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
         if (shards := attempt(TokenShards.open, path)) is not None:
             problems.extend(_data_misfits(f"data.{split} {path}", shards, tokenizer, config))
             splits[split] = attempt(TokenDataset, shards, config.model.context, seed)
-    labels = None
-    if config.concepts and tokenizer and splits.get("train"):
-        labels = attempt(open_labels, config, device, tokenizer.eot_id, splits["train"])
-    elif config.concepts:
+    guidance = None
+    if tokenizer and splits.get("train"):
+        guidance = attempt(open_guidance, config, device, tokenizer.eot_id, splits["train"])
+    elif config.method.learns_concepts:
         attempt(open_labeler, config, device, 0)  # for what it has to say
+    elif config.method.has_teacher:
+        attempt(open_teacher, config, device)
     limit = config.model.vocab_size
-    if labels and labels.labeler:
-        limit = min(limit, labels.labeler.teacher.vocab_size)
+    if guidance and guidance.vocab_size:
+        limit = min(limit, guidance.vocab_size)
         for split, dataset in splits.items():
             if dataset and (dataset.shards.vocab_size or 0) > limit:
                 problems.append(
@@ -78,35 +82,25 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
                     "both must be of one tokenizer."
                 )
     init = attempt(open_init, config)
+    if config.evaluation.tasks:
+        attempt(parse_tasks, ",".join(config.evaluation.tasks), "evaluation.tasks")
+    if (folder := config.evaluation.tasks_data) and not Path(folder).is_dir():
+        problems.append(f"evaluation.tasks_data {folder} is no folder: make it with tools/fetch_eval_data.py --out.")
     if splits.get("valid"):
         attempt(_check_validation_tokens, splits["valid"], config, limit)
     if problems:
         raise UserError(*problems)
-    return Inputs(**splits, labels=labels, vocab_size=limit, init=init)
+    return Inputs(**splits, guidance=guidance, vocab_size=limit, init=init)
 
 
 def _problems(config: Config, world: int):
-    model, method, optimizer, training = config.model, config.method, config.optimizer, config.training
+    model, optimizer, training = config.model, config.optimizer, config.training
     if model.hidden_size % model.num_heads:
         yield (
             f"model.num_heads {model.num_heads} does not divide hidden_size {model.hidden_size}. "
             f"Nearest valid: {_nearest_divisor(model.hidden_size, model.num_heads)}."
         )
-    if config.concepts:
-        if method.insertion_layer >= model.num_layers:
-            yield (
-                f"method.insertion_layer {method.insertion_layer} is not before one of the {model.num_layers} blocks. "
-                f"Nearest valid: {model.num_layers - 1}."
-            )
-        if method.num_kept > method.num_concepts:
-            yield f"method.num_kept {method.num_kept} exceeds num_concepts. Nearest valid: {method.num_concepts}."
-        if config.teacher is None:
-            yield "teacher is missing: method.name cocomix needs teacher.model and teacher.sae."
-        if method.label_sign != "positive" and method.label_source != "attribution":
-            yield (
-                f"method.label_sign {method.label_sign} chooses among attributions, but method.label_source is "
-                f"{method.label_source}. Use positive."
-            )
+    yield from _method_problems(config)
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr {optimizer.min_lr} exceeds lr. Nearest valid: {optimizer.lr}."
     if optimizer.warmup_steps > training.steps:
@@ -114,9 +108,49 @@ def _problems(config: Config, world: int):
         yield f"optimizer.warmup_steps {optimizer.warmup_steps} exceeds training.steps. The paper's share: {nearest}."
     if training.stop_after and training.stop_after > training.steps:
         yield f"training.stop_after {training.stop_after} exceeds training.steps. Nearest valid: {training.steps}."
+    if config.evaluation.tasks_every and not config.evaluation.tasks:
+        yield "evaluation.tasks_every is how often evaluation.tasks are scored, but there are none. Use null."
     if config.logging.tensorboard and not find_spec("tensorboard"):
         yield "logging.tensorboard needs the package tensorboard: pip install 'megacocomix[tensorboard]'."
     yield from _layout_problems(config, world)
+
+
+def _method_problems(config: Config):
+    """What the parts of the method ask of each other, and of the teacher section."""
+    model, method, teacher = config.model, config.method, config.teacher
+    if method.has_module and method.insertion_layer >= model.num_layers:
+        yield (
+            f"method.insertion_layer {method.insertion_layer} is not before one of the {model.num_layers} blocks. "
+            f"Nearest valid: {model.num_layers - 1}."
+        )
+    if method.predict == "concepts" and method.num_kept > method.num_concepts:
+        yield f"method.num_kept {method.num_kept} exceeds num_concepts. Nearest valid: {method.num_concepts}."
+    if method.mix == "predicted" and method.predict == "nothing":
+        yield "method.mix is predicted, but method.predict is nothing. Use method.mix=pause or method.mix=nothing."
+    if method.predict != "nothing" and method.mix != "predicted" and not method.concept_weight:
+        yield (
+            f"method.predict {method.predict} is neither mixed in nor learned: method.mix is {method.mix} and "
+            "method.concept_weight 0. Use method.predict=nothing."
+        )
+    if method.interleave_every > 1 and not method.interleaves:
+        why = "mixes nothing in" if method.mix == "nothing" else f"has placement {method.placement}"
+        yield f"method.interleave_every {method.interleave_every} spaces slots, but method {why}. Use 1."
+    if method.interleave_every >= model.context:  # a slot after the last token has nothing to predict
+        yield (
+            f"method.interleave_every {method.interleave_every} is not below model.context. "
+            f"Nearest valid: {model.context - 1}."
+        )
+    if method.label_sign != "positive" and method.label_source != "attribution" and method.learns_concepts:
+        yield (
+            f"method.label_sign {method.label_sign} chooses among attributions, but method.label_source is "
+            f"{method.label_source}. Use positive."
+        )
+    if method.has_teacher and (teacher is None or (method.learns_concepts and teacher.sae is None)):
+        missing = "teacher is" if teacher is None else "teacher.sae is"
+        needs = "teacher.model and teacher.sae" if method.learns_concepts else "teacher.model"
+        causes = {"predict": method.learns_concepts or method.learns_hidden, "kd_weight": method.distills}
+        why = " and ".join(f"{key} {getattr(method, key)}" for key, is_cause in causes.items() if is_cause)
+        yield f"{missing} missing: method.name {method.name} ({why}) needs {needs}."
 
 
 def _layout_problems(config: Config, world: int):
@@ -144,8 +178,14 @@ def _layout_problems(config: Config, world: int):
         )
     if tensor == 1 and parallel.sequence:
         yield "parallel.sequence splits positions among tensor ranks, but parallel.tensor is 1. Use false."
+    if tensor > 1 and parallel.sequence and (model.context // tensor) % config.method.interleave_every:
+        yield (
+            f"method.interleave_every {config.method.interleave_every} does not divide the {model.context // tensor} "
+            f"positions of a tensor rank (model.context {model.context} / parallel.tensor {tensor}). Nearest valid: "
+            f"{_nearest_divisor(model.context // tensor, config.method.interleave_every)}, or parallel.sequence=false."
+        )
     splits = [("model.vocab_size", model.vocab_size)]
-    if config.concepts:
+    if config.method.predict == "concepts":
         splits.append(("method.num_concepts", config.method.num_concepts))
     for option, size in splits:
         if size < tensor:

@@ -2,11 +2,12 @@ import textwrap
 
 import pytest
 
-from megacocomix.config import Config, build_config, dump_config, load_config, parse_yaml, section_type
+from megacocomix.config import Config, build_config, dump_config, load_config, section_type
 from megacocomix.errors import UserError
 from megacocomix.model.flops import activated_parameters, student_flops
 from megacocomix.training.optimizer import learning_rate
 from megacocomix.validate import check_config, layout_warnings
+from megacocomix.yaml_text import parse_yaml
 
 # The paper's appendix A: layers, width, control's width, insertion, lr, warm-up, steps, sequences a step.
 PAPER = {
@@ -15,7 +16,8 @@ PAPER = {
     "1.38b": (24, 2048, 2096, 5, 2e-4, 65, 20000, 1024),
 }
 ACTIVATED = {"69m": (68.3, 69.4), "386m": (388.4, 386.3), "1.38b": (1380.8, 1373.4)}  # millions, method and control
-FORWARD_RATIO = {"69m": 1.36, "386m": 1.82, "1.38b": 1.81}  # of a token's FLOPs, method over control
+# Of a token's FLOPs, method over control. 1.36, 1.82 and 1.81 where the last block computes what nobody reads.
+FORWARD_RATIO = {"69m": 1.30, "386m": 1.79, "1.38b": 1.78}
 
 
 @pytest.fixture

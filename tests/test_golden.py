@@ -171,12 +171,12 @@ def test_losses_gradients_and_weights_over_the_steps(golden, config, student):
     set_learning_rate(optimizer, config.optimizer.lr)
     for step in range(case["steps"]):
         tokens, labels = tensors["input_ids"][step], tensors[f"labels.{step}"]
-        stages.num_targets, stages.num_labelled = tokens.shape[0] * (tokens.shape[1] - 1), count_labelled(labels)
+        stages.num_targets, stages.num_predicted = tokens.shape[0] * (tokens.shape[1] - 1), count_labelled(labels)
         stages.losses.zero_()
         optimizer.zero_grad()
         stages(0, tokens, next_token_targets(tokens), labels).backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip)
-        next_token, concept = stages.losses.float()
+        next_token, concept, _ = stages.losses.float()
         measured = torch.stack((next_token, concept, next_token + config.method.concept_weight * concept, norm))
         torch.testing.assert_close(measured, tensors[f"loss.{step}"], rtol=LOSS_TOLERANCE, atol=0)
         if step == 0:

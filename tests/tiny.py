@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from megacocomix.config import ModelConfig, build_config
+from megacocomix.method import MethodConfig
 from megacocomix.model.gpt2 import GPT2, initialise
 from megacocomix.model.load import LoadedModel
 from megacocomix.teacher.sae import SAE, SAEForm
@@ -11,6 +12,12 @@ from megacocomix.teacher.sae_file import save_sae
 
 VOCAB, CONTEXT, LATENTS = 97, 16, 62  # the first and the last divide by no number of tensor ranks, but 62 by 2
 SHAPE = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "context": CONTEXT, "vocab_size": VOCAB}
+
+
+def method(**options):
+    """A resolved method section with the sizes of a tiny run."""
+    sizes = {"insertion_layer": 1, "num_concepts": LATENTS, "num_kept": 4, "num_labels": 3, "target_size": 24}
+    return MethodConfig(**{"name": "cocomix"} | sizes | options).resolved()
 
 
 def write_tokens(path, num_tokens, seed=0):
@@ -59,7 +66,14 @@ def values(folder, run="run"):
     return {
         "run": str(folder / run),
         "model": dict(SHAPE),
-        "method": {"name": "cocomix", "insertion_layer": 1, "num_concepts": LATENTS, "num_kept": 4, "num_labels": 3},
+        "method": {
+            "name": "cocomix",
+            "insertion_layer": 1,
+            "num_concepts": LATENTS,
+            "num_kept": 4,
+            "num_labels": 3,
+            "target_size": 24,
+        },
         "teacher": {"model": str(folder / "teacher"), "sae": str(folder / "sae.safetensors"), "sae_layer": 1},
         "data": {"train": str(folder / "train.bin"), "valid": str(folder / "val.bin"), "tokenizer": "gpt2"},
         # eps: the key bias has a mathematically zero gradient, which a small eps would blow up to noise.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Write docs/options.md, the reference of every option, from the sentences in megacocomix/config.py.
+"""Write docs/options.md, the reference of every option, from the sentences in megacocomix/config.py and method.py.
 
 python tools/document_options.py --out docs/options.md
 """
@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacocomix.config import Config, section_type
 from megacocomix.errors import run_cli
+from megacocomix.method import COCOMIX, PRESETS
 
 
 def options_page() -> str:
@@ -20,7 +21,7 @@ def options_page() -> str:
     lines = [
         "# Options",
         "",
-        "Generated from `megacocomix/config.py` by `tools/document_options.py`; edit it there.",
+        "Generated from `megacocomix/config.py` and `method.py` by `tools/document_options.py`; edit it there.",
         "",
     ]
     lines += ["A recipe is a YAML file with these sections; on the command line an option is `section.key=value`.", ""]
@@ -35,7 +36,18 @@ def options_page() -> str:
             what = " ".join(option.description.split()).replace("|", "\\|")
             lines.append(f"| `{key}` | {_type(option.annotation)} | {default} | {what} |")
         lines.append("")
+        if name == "method":
+            lines += [*_presets_table(), ""]
     return "\n".join(lines)
+
+
+def _presets_table() -> list[str]:
+    """What each method.name sets; a dash where it is as for cocomix."""
+    lines = [f"| `name` | {' | '.join(f'`{key}`' for key in COCOMIX)} |", f"|---|{'---|' * len(COCOMIX)}"]
+    for name, preset in PRESETS.items():
+        differs = lambda key, name=name, preset=preset: name == "cocomix" or preset[key] != COCOMIX[key]
+        lines.append(f"| `{name}` | {' | '.join(f'`{preset[key]}`' if differs(key) else '–' for key in COCOMIX)} |")
+    return lines
 
 
 def _yaml(value) -> str:

@@ -24,6 +24,17 @@ from megacocomix.model.hf_names import hf_name, to_hf
 from megacocomix.model.load import LoadedModel
 
 LOGIT_TOLERANCE, LOSS_TOLERANCE = 1e-4, 1e-5
+# Options of the method section that config.json carries, under the same names.
+METHOD_KEYS = (
+    "predict",
+    "mix",
+    "placement",
+    "interleave_every",
+    "insertion_layer",
+    "num_concepts",
+    "num_kept",
+    "target_size",
+)
 REMOTE_CODE = ("configuration_cocomix.py", "modeling_cocomix.py")
 
 
@@ -112,9 +123,7 @@ def _config(source: LoadedModel) -> dict:
             "AutoConfig": "configuration_cocomix.CocomixConfig",
             "AutoModelForCausalLM": "modeling_cocomix.CocomixForCausalLM",
         },
-        "insertion_layer": model.insertion_layer,
-        "num_concepts": model.concept.predict.out_features,
-        "num_kept": model.concept.keep.num_kept,
+        **{key: getattr(model.method, key) for key in METHOD_KEYS},
     } | sizes
 
 

@@ -5,12 +5,13 @@ published code.
 
 Shapes: B batch, T new tokens, P tokens in the cache, N = P + T, S slots (one a token in the blocks below
 `insertion_layer`, two a token from it on: the token and its concept), D width, H heads, C concepts, K kept concepts,
-V vocabulary.
+V vocabulary, E width of a teacher.
 
 What is unusual: the cache keeps one row a token in every block. From `insertion_layer` on a row holds the keys of both
 slots side by side, [B, H, N, 2·D/H]. So every block's cache is as long as the text, which is what generation, beam
 search and cropping rely on, wherever the concepts are put in. With and without a cache the numbers agree to rounding;
 only where the last concept kept and the first one dropped score the same to rounding may the two keep different ones.
+Where only every n-th token has a slot (`interleave_every`), the others have one too, which nothing sees.
 """
 
 from dataclasses import dataclass
@@ -28,16 +29,15 @@ from .configuration_cocomix import CocomixConfig
 STANDARDIZE_EPS = 1e-5
 
 
-def visible_slots(mask_BN, num_tokens, num_slots):
-    """Which slots each new slot may attend to: bool [B, 1, T·num_slots, N·num_slots].
+def visible_slots(keys_BS, num_queries):
+    """Which slots each new slot may attend to: bool [B, 1, Q, S], of the last Q of S slots.
 
-    `mask_BN` is 0 at padding. The new tokens are the last `num_tokens` of N. A slot sees the real slots up to itself,
-    and always itself: a row of padding that sees nothing would become NaN and spread.
+    `keys_BS` is False at padding and where a token has no slot. A slot sees the real slots up to itself, and always
+    itself: a row of padding that sees nothing would become NaN and spread.
     """
-    keys_BS = mask_BN.bool().repeat_interleave(num_slots, dim=1)
-    num_keys, num_queries = keys_BS.shape[1], num_tokens * num_slots
-    key = torch.arange(num_keys, device=mask_BN.device)
-    query = torch.arange(num_keys - num_queries, num_keys, device=mask_BN.device)[:, None]
+    num_keys = keys_BS.shape[1]
+    key = torch.arange(num_keys, device=keys_BS.device)
+    query = torch.arange(num_keys - num_queries, num_keys, device=keys_BS.device)[:, None]
     return ((key <= query) & keys_BS[:, None, None]) | (key == query)
 
 
@@ -47,7 +47,7 @@ class CocomixAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
-        self.num_slots = 2 if layer >= config.insertion_layer else 1
+        self.num_slots = 2 if config.interleaves and layer >= config.insertion_layer else 1
         self.num_heads = config.n_head
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
@@ -104,6 +104,19 @@ class CocomixBlock(nn.Module):
         return x_BSD + self.mlp(self.ln_2(x_BSD))
 
 
+class CocomixHiddenPredictor(nn.Module):
+    """A teacher's hidden state, by two layers around a GELU: [B, T, D] → [B, T, E]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down = nn.Linear(4 * config.n_embd, config.target_size)
+
+    def forward(self, x_BTD):
+        """[B, T, D] → [B, T, E]."""
+        return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
+
+
 class CocomixTransformer(nn.Module):
     """Everything but the head."""
 
@@ -111,56 +124,91 @@ class CocomixTransformer(nn.Module):
         super().__init__()
         self.insertion_layer = config.insertion_layer
         self.num_kept = config.num_kept
+        self.interleaves, self.every = config.interleaves, config.interleave_every
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList([CocomixBlock(config, layer) for layer in range(config.n_layer)])
-        self.concept_predictor = nn.Linear(config.n_embd, config.num_concepts)
-        self.compress_layer = nn.Linear(config.num_concepts, config.n_embd)
-        self.pre_bias = nn.Parameter(torch.zeros(config.n_embd))
+        if config.predict != "nothing":
+            self.pre_bias = nn.Parameter(torch.zeros(config.n_embd))
+        self.concept_predictor = self.compress_layer = self.hidden_predictor = self.project_layer = None
+        if config.predict == "concepts":
+            self.concept_predictor = nn.Linear(config.n_embd, config.num_concepts)
+            if config.mix == "predicted":
+                self.compress_layer = nn.Linear(config.num_concepts, config.n_embd)
+        elif config.predict == "hidden":
+            self.hidden_predictor = CocomixHiddenPredictor(config)
+            if config.mix == "predicted":
+                self.project_layer = nn.Linear(config.target_size, config.n_embd)
+        self.pause_vector = nn.Parameter(torch.empty(1, config.n_embd)) if config.mix == "pause" else None
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, tokens_BT, mask_BN, cache):
         """int64 [B, T] and the mask of all tokens (None: nothing cached, no padding) → (x̂ [B, T, D] that the head
-        reads, concept logits [B, T, C])."""
+        reads, concept logits [B, T, C] or None)."""
         num_tokens = tokens_BT.shape[1]
+        if mask_BN is None and self.interleaves and self.every > 1:
+            mask_BN = torch.ones_like(tokens_BT)  # nothing may see the slots that are none
         if mask_BN is None:
             positions = torch.arange(num_tokens, device=tokens_BT.device)
-            visible = {1: None, 2: None}
+            visible, has_slot_BT1 = {1: None, 2: None}, None
         else:
-            positions = (mask_BN.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
-            visible = {num_slots: visible_slots(mask_BN, num_tokens, num_slots) for num_slots in (1, 2)}
-        x = self.drop(self.wte(tokens_BT) + self.wpe(positions))
+            mask_BN = mask_BN.bool()
+            positions_BN = (mask_BN.long().cumsum(-1) - 1).clamp(min=0)
+            has_slot_BN = (positions_BN + 1) % self.every == 0
+            slots_BS = torch.stack((mask_BN, mask_BN & has_slot_BN), dim=-1).flatten(1)
+            positions, has_slot_BT1 = positions_BN[:, -num_tokens:], has_slot_BN[:, -num_tokens:, None]
+            visible = {1: visible_slots(mask_BN, num_tokens), 2: visible_slots(slots_BS, 2 * num_tokens)}
+        x, concept_logits_BTC = self.drop(self.wte(tokens_BT) + self.wpe(positions)), None
         for layer, block in enumerate(self.h):
             if layer == self.insertion_layer:
                 x, concept_logits_BTC = self.mix(x)
             x = block(x, visible[block.attn.num_slots], cache)
-        return self.ln_f(x[:, 1::2]), concept_logits_BTC  # only concept slots predict
+        if self.interleaves:  # a token's slot predicts, where it has one
+            x = x[:, 1::2] if has_slot_BT1 is None else torch.where(has_slot_BT1, x[:, 1::2], x[:, ::2])
+        return self.ln_f(x), concept_logits_BTC
 
     def mix(self, x_BTD):
-        """Put after each token the vector of its predicted concepts: [B, T, D] → ([B, 2T, D], concept logits
-        [B, T, C]). Statistics are fp32, with unbiased std and eps outside the root, as in training."""
-        mean = x_BTD.float().mean(-1, keepdim=True)
-        centred_BTD = x_BTD.float() - mean
-        std = centred_BTD.std(-1, keepdim=True)
-        normed_BTD = (centred_BTD / (std + STANDARDIZE_EPS)).to(x_BTD.dtype)
-        logits_BTC = self.concept_predictor(normed_BTD - self.pre_bias)
+        """Put after each token, or add to it, the vector of what is predicted there: [B, T, D] → ([B, 2T, D] or
+        [B, T, D], concept logits [B, T, C] or None). Statistics are fp32, with unbiased std and eps outside the root,
+        as in training."""
+        vector_BTD, logits_BTC = None, None
+        if self.pause_vector is not None:
+            vector_BTD = self.pause_vector.expand_as(x_BTD)
+        if predict := self.concept_predictor or self.hidden_predictor:
+            mean = x_BTD.float().mean(-1, keepdim=True)
+            centred_BTD = x_BTD.float() - mean
+            std = centred_BTD.std(-1, keepdim=True)
+            normed_BTD = (centred_BTD / (std + STANDARDIZE_EPS)).to(x_BTD.dtype)
+            prediction = predict(normed_BTD - self.pre_bias)
+            logits_BTC = prediction if self.concept_predictor else None
+        if self.compress_layer is not None:
+            vector_BTD = (self.compress(logits_BTC) + self.pre_bias) * std + mean
+        elif self.project_layer is not None:
+            vector_BTD = (self.project_layer(prediction) + self.pre_bias) * std + mean
+        if vector_BTD is None:
+            return x_BTD, logits_BTC
+        vector_BTD = vector_BTD.to(x_BTD.dtype)
+        if not self.interleaves:
+            return x_BTD + vector_BTD, logits_BTC
+        return torch.stack((x_BTD, vector_BTD), dim=2).flatten(1, 2), logits_BTC
+
+    def compress(self, logits_BTC):
+        """Concept logits → a weighted sum of the K columns of the largest, [B, T, D]; never a dense product with a
+        vector of C."""
         value_BTK, index_BTK = logits_BTC.topk(self.num_kept, dim=-1)
-        # A weighted sum of K of the C columns, never a dense product with a vector of C.
         rows = F.embedding_bag(
             index_BTK.flatten(0, 1),
             self.compress_layer.weight.T,
             mode="sum",
             per_sample_weights=value_BTK.flatten(0, 1),
         )
-        compressed_BTD = rows.unflatten(0, x_BTD.shape[:2]) + self.compress_layer.bias
-        concept_BTD = (compressed_BTD + self.pre_bias) * std + mean
-        return torch.stack((x_BTD, concept_BTD.to(x_BTD.dtype)), dim=2).flatten(1, 2), logits_BTC
+        return rows.unflatten(0, logits_BTC.shape[:2]) + self.compress_layer.bias
 
 
 @dataclass
 class CocomixOutput(CausalLMOutputWithPast):
-    """`logits` [B, T, V] has one row a token; `concept_logits` [B, T, C] is there when asked for."""
+    """`logits` [B, T, V] has one row a token; `concept_logits` [B, T, C] is there when asked for and predicted."""
 
     concept_logits: torch.FloatTensor | None = None
 
@@ -186,7 +234,10 @@ class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             nn.init.zeros_(module.bias)
         elif isinstance(module, CocomixTransformer):
-            nn.init.zeros_(module.pre_bias)
+            if hasattr(module, "pre_bias"):
+                nn.init.zeros_(module.pre_bias)
+            if module.pause_vector is not None:
+                nn.init.normal_(module.pause_vector, std=self.config.initializer_range)
 
     def get_input_embeddings(self):
         """The token embedding, which the head shares."""

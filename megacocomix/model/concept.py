@@ -1,14 +1,16 @@
 """The method on one screen: predict the concepts of a hidden state, compress them to one vector, put it after its
-token.
+token. Baselines and ablations leave parts out, or put another in their place.
 
-Shapes: B batch, T tokens, D width, C concepts, K concepts kept. Formulas follow the published code
-(modeling_gpt2_cocomix.py:74-81, 1269-1292), which wraps the paper's Eq. 3 in the normalisation of the teacher's
-autoencoder.
+Shapes: B batch, T tokens, D width, C concepts, K concepts kept, E width of the teacher; M tokens that get a vector: all
+T, or with `every` n each n-th one; S slots, T + M. Formulas follow the published code (modeling_gpt2_cocomix.py:74-81,
+1269-1292), which wraps the paper's Eq. 3 in the normalisation of the teacher's autoencoder.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from megacocomix.method import MethodConfig
 
 STANDARDIZE_EPS = 1e-5
 
@@ -23,9 +25,25 @@ def standardize(x: torch.Tensor, eps: float = STANDARDIZE_EPS) -> tuple[torch.Te
     return centred / (std + eps), mean, std
 
 
-def interleave(x_BTD: torch.Tensor, concept_BTD: torch.Tensor) -> torch.Tensor:
-    """[h_1, h_2, …] and [c_1, c_2, …] → [h_1, c_1, h_2, c_2, …], [B, 2T, D]: each concept right after its token."""
-    return torch.stack((x_BTD, concept_BTD), dim=2).flatten(1, 2)
+def interleave(x_BTD: torch.Tensor, vector_BMD: torch.Tensor, every: int = 1) -> torch.Tensor:
+    """[h_1, h_2, …] and [c_1, c_2, …] → [h_1, c_1, h_2, c_2, …], [B, S, D]: each vector right after its token, after
+    every n-th one."""
+    num_slotted = vector_BMD.shape[1] * every
+    grouped = x_BTD[:, :num_slotted].unflatten(1, (-1, every))
+    mixed_BSD = torch.cat((grouped, vector_BMD.unsqueeze(2)), dim=2).flatten(1, 2)
+    return torch.cat((mixed_BSD, x_BTD[:, num_slotted:]), dim=1)
+
+
+def predicting_slots(num_slots: int, every: int, device: torch.device) -> torch.Tensor:
+    """Which of S interleaved slots predict the next token, int64 [T]: a token's vector where it has one (reference
+    modeling_gpt2_cocomix.py:1358), else the token itself."""
+    tokens_T = torch.arange(num_slots - num_slots // (every + 1), device=device)
+    return tokens_T + (tokens_T + 1) // every
+
+
+def take_predicting(x_BSD: torch.Tensor, every: int) -> torch.Tensor:
+    """The slots that predict, [B, T, D]."""
+    return x_BSD[:, 1::2] if every == 1 else x_BSD[:, predicting_slots(x_BSD.shape[1], every, x_BSD.device)]
 
 
 class KeepLargest(nn.Module):
@@ -57,19 +75,59 @@ class Compress(nn.Module):
         return rows.unflatten(0, index_BTK.shape[:2]) + self.bias
 
 
-class ConceptMixer(nn.Module):
-    """Predict → keep the K largest → compress → interleave (paper §2.2-2.3)."""
+class HiddenPredictor(nn.Module):
+    """The teacher's hidden state from the student's, by two layers around a GELU: [B, M, D] → [B, M, E] (paper §3.3;
+    the width between them, 4·D, is ours)."""
 
-    def __init__(self, hidden_size: int, num_concepts: int, num_kept: int):
+    def __init__(self, hidden_size: int, target_size: int):
         super().__init__()
-        self.pre_bias = nn.Parameter(torch.zeros(hidden_size))
-        self.predict = nn.Linear(hidden_size, num_concepts)
-        self.keep = KeepLargest(num_kept)
-        self.compress = Compress(num_concepts, hidden_size)
+        self.up = nn.Linear(hidden_size, 4 * hidden_size)
+        self.down = nn.Linear(4 * hidden_size, target_size)
+
+    def forward(self, x_BMD):
+        return self.down(F.gelu(self.up(x_BMD), approximate="tanh"))
+
+
+class ConceptMixer(nn.Module):
+    """Predict → keep the K largest → compress → interleave (paper §2.2-2.3).
+
+    With method.predict hidden a linear layer, `project`, takes the place of keeping and compressing; with method.mix
+    pause one learned vector takes the place of them all.
+    """
+
+    def __init__(self, hidden_size: int, method: MethodConfig):
+        super().__init__()
+        self.interleaves, self.every = method.interleaves, method.interleave_every
+        self.predict = self.keep = self.compress = self.predict_hidden = self.project = None
+        if method.predict != "nothing":
+            self.pre_bias = nn.Parameter(torch.zeros(hidden_size))
+        if method.predict == "concepts":
+            self.predict = nn.Linear(hidden_size, method.num_concepts)
+            if method.mix == "predicted":
+                self.keep = KeepLargest(method.num_kept)
+                self.compress = Compress(method.num_concepts, hidden_size)
+        elif method.predict == "hidden":
+            self.predict_hidden = HiddenPredictor(hidden_size, method.target_size)
+            if method.mix == "predicted":
+                self.project = nn.Linear(method.target_size, hidden_size)
+        # A matrix of one row: it is drawn and decays as an embedding does.
+        self.pause = nn.Parameter(torch.empty(1, hidden_size)) if method.mix == "pause" else None
 
     def forward(self, x_BTD):
-        """[B, T, D] → ([B, 2T, D], concept logits [B, T, C])."""
-        normed_BTD, mean, std = standardize(x_BTD)
-        logits_BTC = self.predict(normed_BTD.to(x_BTD.dtype) - self.pre_bias)
-        concept_BTD = (self.compress(*self.keep(logits_BTC)) + self.pre_bias) * std + mean
-        return interleave(x_BTD, concept_BTD.to(x_BTD.dtype)), logits_BTC
+        """[B, T, D] → (what goes on, [B, S, D] or [B, T, D]; what is predicted: concept logits [B, M, C], a hidden
+        state [B, M, E], or None)."""
+        x_BMD, prediction, vector_BMD = x_BTD[:, self.every - 1 :: self.every], None, None
+        if self.pause is not None:
+            vector_BMD = self.pause.expand_as(x_BMD)
+        if predict := self.predict or self.predict_hidden:
+            normed_BMD, mean, std = standardize(x_BMD)
+            prediction = predict(normed_BMD.to(x_BTD.dtype) - self.pre_bias)
+        if self.compress is not None:
+            vector_BMD = (self.compress(*self.keep(prediction)) + self.pre_bias) * std + mean
+        elif self.project is not None:
+            vector_BMD = (self.project(prediction) + self.pre_bias) * std + mean
+        if vector_BMD is None:
+            return x_BTD, prediction
+        vector_BMD = vector_BMD.to(x_BTD.dtype)
+        mixed = interleave(x_BTD, vector_BMD, self.every) if self.interleaves else x_BTD + vector_BMD
+        return mixed, prediction

@@ -1,8 +1,9 @@
 """Floating-point operations a token costs, from the shapes alone. A multiply-add is two.
 
-Counted: linear layers, attention scores and mixing over the full S × S square (the convention of the scaling
-literature; kernels that skip the masked half do less), the two heads, the K compressed rows. Not counted: LayerNorm,
-softmax, embedding look-ups, recomputation. A backward pass costs twice its forward pass.
+Counted: linear layers, attention scores and mixing over all positions that a kernel without knowledge of the mask would
+visit (the convention of the scaling literature; kernels that skip the masked half do less), the heads, the K compressed
+rows. Not counted: LayerNorm, softmax, embedding look-ups, recomputation, and what the last block never computes for
+positions that predict nothing. A backward pass costs twice its forward pass.
 """
 
 from megacocomix.config import Config, ModelConfig
@@ -19,15 +20,27 @@ def attention_flops(width: int, positions: int) -> float:
 
 
 def block_flops(config: Config, index: int) -> float:
-    """Forward FLOPs a token of one block; from insertion_layer on a block runs on 2T positions."""
-    model = config.model
-    per_token = 2 if config.concepts and index >= config.method.insertion_layer else 1
-    return per_token * (linear_flops(model) + attention_flops(model.hidden_size, per_token * model.context))
+    """Forward FLOPs a token of one block. From insertion_layer on it runs on the slots too; in the last block only as
+    many positions as there are tokens need more than keys and values."""
+    model, method = config.model, config.method
+    slots = method.num_slots(model.context) if index >= method.insertion_layer else 0
+    positions = model.context + slots
+    all_of_it = linear_flops(model) + attention_flops(model.hidden_size, positions)
+    if index < model.num_layers - 1:
+        return all_of_it * positions / model.context
+    return all_of_it + 2 * 2 * model.hidden_size**2 * slots / model.context
 
 
-def concept_flops(config: Config) -> float:
+def module_flops(config: Config) -> float:
     """Forward FLOPs a token of the concept module."""
-    return 2 * config.model.hidden_size * (config.method.num_concepts + config.method.num_kept)
+    model, method = config.model, config.method
+    width, mixes = model.hidden_size, method.mix == "predicted"
+    share = method.num_slots(model.context) / model.context if method.interleaves else 1.0
+    if method.predict == "concepts":
+        return share * 2 * width * (method.num_concepts + mixes * method.num_kept)
+    if method.predict == "hidden":
+        return share * 2 * width * (4 * width + 4 * method.target_size + mixes * method.target_size)
+    return 0.0
 
 
 def head_flops(config: Config) -> float:
@@ -38,12 +51,16 @@ def head_flops(config: Config) -> float:
 def student_flops(config: Config) -> float:
     """Training FLOPs (forward and backward) a token of the student."""
     blocks = sum(block_flops(config, index) for index in range(config.model.num_layers))
-    return 3 * (blocks + head_flops(config) + (concept_flops(config) if config.concepts else 0))
+    return 3 * (blocks + head_flops(config) + module_flops(config))
 
 
 def activated_parameters(config: Config) -> int:
     """Parameters a token touches, as the paper counts them: of the compress layer only num_kept rows (appendix A)."""
     model, method = config.model, config.method
-    width = model.hidden_size
+    width, mixes = model.hidden_size, method.mix == "predicted"
     base = model.num_layers * (12 * width**2 + 13 * width) + (model.vocab_size + model.context + 2) * width
-    return base + ((method.num_concepts + method.num_kept) * width if config.concepts else 0)
+    if method.predict == "concepts":
+        return base + (method.num_concepts + mixes * method.num_kept) * width
+    if method.predict == "hidden":
+        return base + (4 * width + 4 * method.target_size + mixes * method.target_size) * width
+    return base + (method.mix == "pause") * width

@@ -1,9 +1,11 @@
 """GPT-2 as one reads it in the paper, with one optional guest: the concept module before block `insertion_layer`.
 
-Shapes: B batch, T tokens, S positions (T before mixing, 2T after), D width, H heads, V vocabulary, C concepts.
+Shapes: B batch, T tokens, S positions (T before mixing, 2T after, or less where not every token gets a slot), D width,
+H heads, V vocabulary, C concepts.
 
-What is unusual: the concept module doubles the number of positions half-way, so later blocks see [h_1, c_1, h_2, c_2,
-…], and only the concept positions reach the head. Parameter names never depend on how a run is laid out.
+What is unusual: the concept module adds positions half-way, so later blocks see [h_1, c_1, h_2, c_2, …], and only the
+concept positions reach the head. Of the others the last block computes keys and values alone: nothing else of them is
+ever used. Parameter names never depend on how a run is laid out.
 """
 
 import hashlib
@@ -14,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from megacocomix.config import Config, ModelConfig
-from megacocomix.model.concept import ConceptMixer
+from megacocomix.method import MethodConfig
+from megacocomix.model.concept import ConceptMixer, predicting_slots, take_predicting
 
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
@@ -35,25 +38,55 @@ class Embedding(nn.Module):
         return self.dropout(self.tokens(tokens_BT) + self.positions(positions_T))
 
 
-class Attention(nn.Module):
-    """Causal self-attention [B, S, D] → [B, S, D].
+class QKV(nn.Linear):
+    """Queries, keys and values of all heads: [B, S, D] → q [B, H, Q, D/H], k and v [B, H, S, D/H].
 
-    The rows of `qkv` lie head by head ([H, 3, D/H]), not as Q, K and V blocks as in Hugging Face: so a cut by heads is
-    one contiguous piece. The number of heads is read off the weight (-1), because it may have been cut.
+    The rows of `weight` lie head by head ([H, 3, D/H]), not as Q, K and V blocks as in Hugging Face: so a cut by heads
+    is one contiguous piece. The number of heads is read off the weight (-1), because it may have been cut.
     """
+
+    def __init__(self, hidden_size: int, head_size: int):
+        super().__init__(hidden_size, 3 * hidden_size)
+        self.head_size = head_size
+
+    def forward(self, x_BSD, every=None):
+        return queries_keys_values(x_BSD, self.weight, self.bias, self.head_size, every)
+
+
+def queries_keys_values(x_BSD, weight, bias, head_size: int, every: int | None):
+    """What QKV returns: queries of all positions, or with `every` only of the slots that predict."""
+    if every is None:
+        return F.linear(x_BSD, weight, bias).unflatten(-1, (-1, 3, head_size)).permute(3, 0, 2, 1, 4)
+    weight, bias = weight.unflatten(0, (-1, 3, head_size)), bias.unflatten(0, (-1, 3, head_size))
+    q = F.linear(take_predicting(x_BSD, every), weight[:, 0].flatten(0, 1), bias[:, 0].flatten())
+    kv = F.linear(x_BSD, weight[:, 1:].flatten(0, 2), bias[:, 1:].flatten())
+    k, v = kv.unflatten(-1, (-1, 2, head_size)).permute(3, 0, 2, 1, 4)
+    return q.unflatten(-1, (-1, head_size)).transpose(1, 2), k, v
+
+
+class Attention(nn.Module):
+    """Causal self-attention [B, S, D] → [B, S, D]; with `every` only at the slots that predict, [B, T, D]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_size = config.hidden_size // config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.qkv = QKV(config.hidden_size, config.hidden_size // config.num_heads)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BSD):
-        q, k, v = self.qkv(x_BSD).unflatten(-1, (-1, 3, self.head_size)).permute(3, 0, 2, 1, 4)
+    def forward(self, x_BSD, every=None):
+        q, k, v = self.qkv(x_BSD, every)
+        head_size, visible_QS = self.qkv.head_size, None
+        if every is not None:
+            num_slots = k.shape[2]
+            slots_Q = predicting_slots(num_slots, every, k.device)
+            visible_QS = torch.arange(num_slots, device=k.device) <= slots_Q[:, None]
+            if spare := -head_size % 8:  # the kernel that takes a mask on a GPU wants multiples of 8
+                q, k, v = (F.pad(each, (0, spare)) for each in (q, k, v))
         dropout = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-        return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, visible_QS, dropout, is_causal=visible_QS is None, scale=head_size**-0.5
+        )
+        return self.dropout(self.out(mixed[..., :head_size].transpose(1, 2).flatten(2)))
 
 
 class MLP(nn.Module):
@@ -70,7 +103,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block: [B, S, D] → [B, S, D]."""
+    """A pre-LayerNorm transformer block: [B, S, D] → [B, S, D]; with `every` → the slots that predict, [B, T, D]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -79,55 +112,56 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x_BSD):
-        x_BSD = x_BSD + self.attention(self.norm_1(x_BSD))
+    def forward(self, x_BSD, every=None):
+        attended = self.attention(self.norm_1(x_BSD), every)
+        if every is not None:
+            x_BSD = take_predicting(x_BSD, every)
+        x_BSD = x_BSD + attended
         return x_BSD + self.mlp(self.norm_2(x_BSD))
 
 
 class GPT2(nn.Module):
-    """The language model, with the concept module before block `insertion_layer` when one is given.
+    """The language model, with the concept module before block `insertion_layer` where the method has one.
 
     A pipeline stage is this class with parts missing: `embed`, `concept`, `norm` and `head` may be None, and `blocks`
     may hold any run of neighbours.
     """
 
-    def __init__(self, config: ModelConfig, concept: ConceptMixer | None = None, insertion_layer: int | None = None):
+    def __init__(self, config: ModelConfig, method: MethodConfig | None = None):
         super().__init__()
         self.embed = Embedding(config)
         self.blocks = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers)})
-        self.concept = concept
-        self.insertion_layer = insertion_layer
+        self.last_block = str(config.num_layers - 1)
+        self.method = method
+        has_module = method is not None and method.has_module
+        self.concept = ConceptMixer(config.hidden_size, method) if has_module else None
+        self.insertion_layer = method.insertion_layer if has_module else None
+        self.every = method.interleave_every if has_module and method.interleaves else None
         self.norm = nn.LayerNorm(config.hidden_size, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.head.weight = self.embed.tokens.weight
 
     def forward(self, x):
-        """int64 tokens [B, T] → (next-token logits [B, T, V], concept logits [B, T, C] or None).
+        """int64 tokens [B, T] → (next-token logits [B, T, V], what the concept module predicts or None).
 
         Without an embedding x is the hidden state [B, S, D] that the part before returned; without a head the hidden
         state is returned in place of logits.
         """
-        concept_logits_BTC = None
+        prediction = None
         if self.embed is not None:
             x = self.embed(x)
         for index, block in self.blocks.items():
             if self.concept is not None and int(index) == self.insertion_layer:
-                x, concept_logits_BTC = self.concept(x)
-            x = block(x)
+                x, prediction = self.concept(x)
+            x = block(x, self.every if index == self.last_block else None)
         if self.head is not None:
-            if self.insertion_layer is not None:
-                x = x[:, 1::2]  # only concept positions predict (reference modeling_gpt2_cocomix.py:1358)
             x = self.head(self.norm(x))
-        return x, concept_logits_BTC
+        return x, prediction
 
 
 def assemble(config: Config) -> GPT2:
     """The student of a config, its weights not yet set."""
-    method = config.method
-    if not config.concepts:
-        return GPT2(config.model)
-    concept = ConceptMixer(config.model.hidden_size, method.num_concepts, method.num_kept)
-    return GPT2(config.model, concept, method.insertion_layer)
+    return GPT2(config.model, config.method)
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Our parameter names and layouts ⇄ Hugging Face GPT-2's, and the published CoCoMix code's.
 
 Hugging Face keeps linear weights as Conv1D, [in, out], and lays Q, K and V side by side; ours are [out, in] with Q, K
-and V of a head together (see model.gpt2.Attention). The published CoCoMix code adds three modules to `transformer`.
+and V of a head together (see model.gpt2.QKV). The published CoCoMix code adds three modules to `transformer`; those
+below them are our baselines'.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,13 @@ OUTER = {
     "concept.predict.bias": "transformer.concept_predictor.bias",
     "concept.compress.weight": "transformer.compress_layer.weight",
     "concept.compress.bias": "transformer.compress_layer.bias",
+    "concept.predict_hidden.up.weight": "transformer.hidden_predictor.up.weight",
+    "concept.predict_hidden.up.bias": "transformer.hidden_predictor.up.bias",
+    "concept.predict_hidden.down.weight": "transformer.hidden_predictor.down.weight",
+    "concept.predict_hidden.down.bias": "transformer.hidden_predictor.down.bias",
+    "concept.project.weight": "transformer.project_layer.weight",
+    "concept.project.bias": "transformer.project_layer.bias",
+    "concept.pause": "transformer.pause_vector",
 }
 INNER = {
     "norm_1": "ln_1",

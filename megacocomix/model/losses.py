@@ -1,7 +1,8 @@
 """One loss for both heads: cross-entropy against K equally likely labels a row, with a single log-sum-exp.
 
 The next-token loss is the case K = 1; the concept loss (paper Eq. 2) is the mean of K_attr single-label
-cross-entropies, which share their normaliser. N rows, V classes.
+cross-entropies, which share their normaliser. N rows, V classes. What is learned from a teacher's numbers in the place
+of labels is in distillation.py.
 """
 
 from collections.abc import Callable, Iterator

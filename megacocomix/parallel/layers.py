@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megacocomix.model.gpt2 import queries_keys_values
+
 
 @dataclass(frozen=True)
 class TensorRanks:
@@ -42,6 +44,10 @@ class TensorRanks:
         stacked = x.new_empty(self.size, *x.shape)
         dist.all_gather_into_tensor(stacked.view(-1), x.flatten(), group=self.group)
         return stacked
+
+    def own_positions(self, x: Tensor) -> Tensor:
+        """All positions of something that every rank holds whole, [B, S, …] → [B, T2, …]."""
+        return x.chunk(self.size, dim=1)[self.rank] if self.sequence else x
 
     def gather_positions(self, x: Tensor) -> Tensor:
         """[B, S/n, …] → [B, S, …]."""
@@ -145,6 +151,17 @@ class ColumnLinear(SplitLayer):
     def forward(self, x):
         y = F.linear(self.ranks.enter(x), self.weight, self.bias)
         return y if self.piece.owned == self.piece.stored else y[..., : self.piece.owned]
+
+
+class ColumnQKV(SplitLayer):
+    """model.gpt2.QKV split by heads: [B, T2, D] → queries, keys and values of this rank's heads."""
+
+    def __init__(self, plain: nn.Module, ranks: TensorRanks, piece: Piece):
+        super().__init__(plain, ranks, piece)
+        self.head_size = plain.head_size
+
+    def forward(self, x, every=None):
+        return queries_keys_values(self.ranks.enter(x), self.weight, self.bias, self.head_size, every)
 
 
 class RowLinear(SplitLayer):

@@ -21,7 +21,10 @@ class MicroBatch(NamedTuple):
 
     tokens_BT: Tensor
     targets_BT1: Tensor
-    labels_BTk: Tensor | None
+    labels_BMk: Tensor | None = None
+    hidden_BME: Tensor | None = None
+    outputs_BTE: Tensor | None = None
+    """The last three as the teacher's `Signals` name them."""
 
 
 class Pass(NamedTuple):
@@ -99,7 +102,7 @@ class Pipeline:
         dist.all_reduce(torch.zeros(1, device=grid.device), group=grid.pipeline_group)
 
     def train(self, forward: Callable, before_backward: Callable[[], None], batches: list[MicroBatch]) -> None:
-        """Forward and backward of every micro-batch. `forward(stage, x, targets, labels)` returns the next stage's
+        """Forward and backward of every micro-batch. `forward(stage, x, targets, *signals)` returns the next stage's
         input, or the last stage's loss; `before_backward()` is called right before every backward pass."""
         pipeline = self.grid.pipeline
         orders = [rank_order(rank, pipeline, self.num_stages // pipeline, len(batches)) for rank in range(pipeline)]
@@ -130,8 +133,8 @@ class Pipeline:
 
     @staticmethod
     def _forward(forward: Callable, step: Pass, received: Tensor | None, batches: list[MicroBatch]) -> Tensor:
-        tokens_BT, targets_BT1, labels_BTk = batches[step.micro]
-        return forward(step.stage, tokens_BT if received is None else received, targets_BT1, labels_BTk)
+        tokens_BT, *others = batches[step.micro]
+        return forward(step.stage, tokens_BT if received is None else received, *others)
 
     def _run(self, orders: list[list[Pass]], run: Callable[[Pass, Tensor | None], Tensor | None]) -> None:
         arriving: dict[Pass, tuple] = {}

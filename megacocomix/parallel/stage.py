@@ -2,7 +2,7 @@
 
 A stage holds neighbouring blocks. The embedding goes with the first block, the concept module with the block it stands
 before, final norm and head with the last. So a cut never divides the change from T to 2T positions: a stage that begins
-at `insertion_layer` receives T positions and doubles them itself.
+at `insertion_layer` receives T positions and adds the slots itself.
 """
 
 import functools
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from megacocomix.config import Config
-from megacocomix.model.flops import block_flops, concept_flops, head_flops
+from megacocomix.model.distillation import FrozenHead, hidden_distance, teacher_divergence
+from megacocomix.model.flops import block_flops, head_flops, module_flops
 from megacocomix.model.gpt2 import GPT2, assemble
-from megacocomix.model.losses import label_cross_entropy
+from megacocomix.model.losses import MASKED, label_cross_entropy
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.layers import TensorRanks
 from megacocomix.parallel.tensor import cut, split_modules
@@ -35,8 +36,8 @@ def stage_blocks(config: Config) -> list[range]:
         return [range(first, stop) for first, stop in itertools.pairwise(bounds)]
     costs = [block_flops(config, index) for index in range(num_layers)]
     costs[-1] += head_flops(config)
-    if config.concepts:
-        costs[config.method.insertion_layer] += concept_flops(config)
+    if config.method.has_module:
+        costs[config.method.insertion_layer] += module_flops(config)
 
     @functools.cache
     def best(stop: int, num_stages: int) -> tuple[float, int]:
@@ -58,9 +59,9 @@ def stage_blocks(config: Config) -> list[range]:
 
 def hidden_shape(config: Config, stage: int) -> tuple[int, int, int]:
     """Shape [B, S, D] of what a stage receives from the one before it, on one tensor rank."""
-    tokens, parallel = config.model.context, config.parallel
-    is_mixed = config.concepts and stage_blocks(config)[stage].start > config.method.insertion_layer
-    positions = 2 * tokens if is_mixed else tokens
+    positions, parallel = config.model.context, config.parallel
+    if stage_blocks(config)[stage].start > config.method.insertion_layer:
+        positions += config.method.num_slots(positions)
     return (
         config.training.micro_batch,
         positions // (parallel.tensor if parallel.sequence else 1),
@@ -77,7 +78,8 @@ class LocalStages(nn.Module):
         cuts = stage_blocks(config)
         self.num_stages = len(cuts)
         self.indices = list(range(grid.pipeline_rank, self.num_stages, grid.pipeline))
-        self.concept_weight = config.method.concept_weight
+        self.method = config.method
+        self.teacher_head: FrozenHead | None = None  # set before a step that distills; no part of the model
         self.tensor_ranks = None
         if grid.tensor > 1:
             sequence = config.parallel.sequence
@@ -89,28 +91,47 @@ class LocalStages(nn.Module):
             self.parts = nn.ModuleDict({str(index): self._part(config, cuts[index]) for index in self.indices})
         # Of the global batch, so that a loss does not depend on how the batch was cut. Set for every step.
         self.num_targets: Tensor | int = 1
-        self.num_labelled: Tensor | int = 1
+        self.num_predicted: Tensor | int = 1
         self.data = grid.data
-        self.losses = torch.zeros(2, dtype=torch.float64, device=grid.device)
+        self.losses = torch.zeros(3, dtype=torch.float64, device=grid.device)
 
-    def forward(self, stage: int, x: Tensor, targets_BT1: Tensor, labels_BTk: Tensor | None = None) -> Tensor:
-        """What goes on to the next stage, [B, S, D]; of the last stage, the scalar next-token loss.
+    def forward(
+        self,
+        stage: int,
+        x: Tensor,
+        targets_BT1: Tensor,
+        labels_BMk: Tensor | None = None,
+        hidden_BME: Tensor | None = None,
+        outputs_BTE: Tensor | None = None,
+    ) -> Tensor:
+        """What goes on to the next stage, [B, S, D]; of the last stage, the scalar loss.
 
         Losses are shares of the global batch's means, times the number of data ranks, over which gradients are
-        averaged. A concept loss joins the graph of what is returned: it needs no gradient from there. Without labels
-        there is none. The shares, before λ, are added to `losses` (next-token, concept), where this rank has the head
-        or the concepts; every tensor rank of such a stage adds the same.
+        averaged. The loss of what the concept module predicts joins the graph of what is returned: it needs no gradient
+        from there. What the teacher did not give is not learned. The shares, before their weights, are added to
+        `losses` (next token, prediction, distillation), where this rank has the head or the module; every tensor rank
+        of such a stage adds the same.
         """
         part = self.parts[str(stage)]
-        y, concept_logits_BTC = part(x)
+        y, prediction = part(x)
         if stage == self.num_stages - 1:
-            loss = self._cross_entropy(y, targets_BT1, part.head) / self.num_targets
+            logits_BTV, loss = y, self._cross_entropy(y, targets_BT1, part.head) / self.num_targets
             self.losses[0] += loss.detach()
+            if outputs_BTE is not None:
+                divergence = self._divergence(logits_BTV, outputs_BTE, targets_BT1, part.head) / self.num_targets
+                self.losses[2] += divergence.detach()
+                loss = loss + self.method.kd_weight * divergence
             y = loss * self.data
-        if concept_logits_BTC is not None and labels_BTk is not None:
-            loss = self._cross_entropy(concept_logits_BTC, labels_BTk, part.concept.predict) / self.num_labelled
-            self.losses[1] += loss.detach()
-            y = _Attach.apply(y, loss * (self.concept_weight * self.data))
+        predicted = None
+        if prediction is not None and labels_BMk is not None:
+            predicted = shown = self._cross_entropy(prediction, labels_BMk, part.concept.predict) / self.num_predicted
+        elif prediction is not None and hidden_BME is not None:
+            predicted = self._own_distance(prediction, hidden_BME) / self.num_predicted
+            splits = self.tensor_ranks and self.tensor_ranks.sequence
+            shown = self.tensor_ranks.sum(predicted.detach()) if splits else predicted
+        if predicted is not None:
+            self.losses[1] += shown.detach()
+            y = _Attach.apply(y, predicted * (self.method.concept_weight * self.data))
         return y
 
     def named_pieces(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
@@ -145,7 +166,7 @@ class LocalStages(nn.Module):
             part.embed = None
         if not is_last:
             part.norm = part.head = None
-        if config.concepts and config.method.insertion_layer not in blocks:
+        if config.method.insertion_layer not in blocks:
             part.concept = None
         if self.tensor_ranks:
             split_modules(part, self.tensor_ranks)
@@ -155,6 +176,19 @@ class LocalStages(nn.Module):
         if self.tensor_ranks is None:
             return label_cross_entropy(logits, labels)
         return label_cross_entropy(logits, labels, layer.piece.start, self.tensor_ranks.join_losses)
+
+    def _divergence(self, logits: Tensor, outputs: Tensor, targets: Tensor, layer: nn.Module) -> Tensor:
+        counts = targets[..., 0] != MASKED
+        if self.tensor_ranks is None:
+            return teacher_divergence(logits, outputs, self.teacher_head, counts)
+        head = self.teacher_head.rows(layer.piece.start, layer.piece.stop)
+        return teacher_divergence(logits, outputs, head, counts, self.tensor_ranks.stack)
+
+    def _own_distance(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Of the positions that this tensor rank holds, over all of which the gradients are summed."""
+        if self.tensor_ranks:
+            target = self.tensor_ranks.own_positions(target)
+        return hidden_distance(predicted, target, self.method.hidden_loss)
 
 
 class _Attach(torch.autograd.Function):

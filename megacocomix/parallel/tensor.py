@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megacocomix.model.gpt2 import GPT2
 from megacocomix.parallel.layers import (
     ColumnLinear,
+    ColumnQKV,
     CompressRows,
     KeepLargestOfAll,
     Piece,
@@ -34,11 +35,13 @@ class Split(NamedTuple):
 SPLITS = {
     "embed.tokens": Split(WordEmbedding, 0, padded=True),
     "embed.positions": Split(PositionEmbedding, None),
-    "attention.qkv": Split(ColumnLinear, 0),  # rows lie head by head, so a cut is a number of heads
+    "attention.qkv": Split(ColumnQKV, 0),  # rows lie head by head, so a cut is a number of heads
     "attention.out": Split(RowLinear, 1),
     "mlp.up": Split(ColumnLinear, 0),
     "mlp.down": Split(RowLinear, 1),
     "concept.predict": Split(ColumnLinear, 0, padded=True),
+    "predict_hidden.up": Split(ColumnLinear, 0),
+    "predict_hidden.down": Split(RowLinear, 1),
     "concept.compress": Split(CompressRows, 0, padded=True),  # by concepts; its bias is of the width, see split_dim
     "head": Split(ColumnLinear, 0, padded=True),  # tied to embed.tokens: must be cut as it is
 }
@@ -52,7 +55,7 @@ def split_dim(name: str) -> int | None:
     """The dim along which a parameter is cut over tensor ranks; None where every rank holds it whole."""
     module_path, _, kind = name.rpartition(".")
     split = _split_of(module_path)
-    if split is None or (kind == "bias" and split.layer is not ColumnLinear):
+    if split is None or (kind == "bias" and split.layer not in (ColumnLinear, ColumnQKV)):
         return None
     return split.dim
 
@@ -97,7 +100,7 @@ def split_modules(part: GPT2, ranks: TensorRanks) -> None:
         if split.dim == 0:
             piece = Piece.of(module.weight.shape[0], ranks.size, ranks.rank, split.padded)
         _replace(part, path, split.layer(module, ranks, piece))
-    if part.concept is not None:
+    if part.concept is not None and part.concept.keep is not None:
         num_kept, piece = part.concept.keep.num_kept, part.concept.compress.piece
         part.concept.keep = KeepLargestOfAll(num_kept, ranks, piece)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacocomix.config import LabelSign, LabelSource
+from megacocomix.method import LabelSign, LabelSource
 from megacocomix.model.losses import MASKED, row_chunks
 from megacocomix.teacher.cut import Teacher
 from megacocomix.teacher.sae import SAE

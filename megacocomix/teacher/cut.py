@@ -116,6 +116,11 @@ class Teacher:
         return self._loss(hidden, tokens_BT) / len(tokens_BT)
 
     @torch.no_grad()
+    def outputs(self, tokens_BT: Tensor) -> Tensor:
+        """[B, T] → the hidden state that the head reads, [B, T, D]."""
+        return self.model.body(tokens_BT)
+
+    @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """[B, T] → [B, T, V]."""
         return self.model.head(self.model.body(tokens_BT))

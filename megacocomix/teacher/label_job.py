@@ -45,7 +45,7 @@ def label_all(config: Config, out: Path, device: torch.device, rank: int = 0, wo
     this process alone: the report says so. Raises UserError for a config without concepts, inputs that do not fit, and
     a folder of something else.
     """
-    if not config.concepts:
+    if not config.method.learns_concepts:
         raise UserError(f"method.name {config.method.name} has no concepts to label. Use method.name=cocomix.")
     tokenizer = load_tokenizer(config.data.tokenizer)
     train = TokenDataset(TokenShards.open(config.data.train, verify=rank == 0), config.model.context, None)

@@ -1,15 +1,16 @@
 """Concept labels of token windows, from the live teacher. Labels are data: int64 [B, T, K_attr], or MASKED where there
 is no signal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from megacocomix.config import Config, LabelSign, LabelSource, Location
+from megacocomix.config import Config, Location
 from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.errors import UserError
+from megacocomix.method import LabelSign, LabelSource
 from megacocomix.model.flops import attention_flops
 from megacocomix.model.losses import MASKED
 from megacocomix.teacher.attribution import score, select_labels
@@ -54,7 +55,7 @@ class ConceptLabeler:
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T] → int64 [B, T, K_attr] on the same device, whatever else is in the batch."""
-        labels_BTk = torch.cat([self._label(piece) for piece in tokens_BT.split(self.settings.piece, dim=1)], dim=1)
+        labels_BTk = in_pieces(tokens_BT, self.settings.piece, self._label)
         if self.settings.masked_token is not None:
             labels_BTk[tokens_BT == self.settings.masked_token] = MASKED
         return labels_BTk
@@ -74,17 +75,28 @@ class ConceptLabeler:
         backward = above * (linear + 2 * attention) + head
         return forward + backward + encoding + 2 * sae.width * (sae.form.k or 0)
 
-    def _label(self, tokens_BT: Tensor) -> Tensor:
-        settings, group = self.settings, max(1, FORWARD_TOKENS[tokens_BT.device.type] // tokens_BT.shape[1])
-        labels = []
-        for rows_GT in tokens_BT.split(group):
-            # Always as many windows: libraries choose their kernels by shape, and another kernel rounds otherwise,
-            # which turns the order of two concepts that score alike.
-            full_GT = torch.cat([rows_GT, rows_GT[:1].expand(group - len(rows_GT), -1)])
-            scores = score(self.teacher, self.sae, full_GT, settings.source, settings.seed or 0)
-            selected = select_labels(scores, settings.num_labels, settings.mask_unlabelled, settings.sign)
-            labels.append(selected[: len(rows_GT)])
-        return torch.cat(labels)
+    def _label(self, tokens_GT: Tensor) -> Tensor:
+        settings = self.settings
+        scores = score(self.teacher, self.sae, tokens_GT, settings.source, settings.seed or 0)
+        return select_labels(scores, settings.num_labels, settings.mask_unlabelled, settings.sign)
+
+
+def in_pieces(tokens_BT: Tensor, piece: int, read: Callable[[Tensor], Tensor]) -> Tensor:
+    """`read` of windows [G, T or less] → [G, T or less, …], over windows of which each `piece` tokens are read by
+    themselves, a few at a time: [B, T, …]."""
+    pieces = [_in_groups(piece_BT, read) for piece_BT in tokens_BT.split(piece, dim=1)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _in_groups(tokens_BT: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+    group = max(1, FORWARD_TOKENS[tokens_BT.device.type] // tokens_BT.shape[1])
+    found = []
+    for rows_GT in tokens_BT.split(group):
+        # Always as many windows: libraries choose their kernels by shape, and another kernel rounds otherwise, which
+        # turns the order of two concepts that score alike.
+        full_GT = torch.cat([rows_GT, rows_GT[:1].expand(group - len(rows_GT), -1)])
+        found.append(read(full_GT)[: len(rows_GT)])
+    return torch.cat(found)
 
 
 def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -93,13 +105,31 @@ def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def open_teacher(config: Config, device: torch.device) -> Teacher:
+    """The teacher of a config. Raises one UserError with everything in which it and the student do not fit."""
+    options, method = config.teacher, config.method
+    # Where only its last state is read, any cut does.
+    layer, location = options.sae_layer, options.location
+    if not (method.learns_concepts or method.learns_hidden):
+        layer, location = 0, "resid_post_mlp"
+    teacher = load_teacher(options.model, layer, location, device, teacher_dtype(config, device))
+    problems = [*_teacher_misfits(config, teacher), *_tokenizer_misfits(config)]
+    if problems:
+        raise UserError(*problems)
+    return teacher
+
+
 def open_labeler(config: Config, device: torch.device, eot_id: int) -> ConceptLabeler:
     """Teacher and autoencoder of a config. Raises one UserError with everything in which the two, the tokenizer, or the
     student do not fit."""
     options = config.teacher
     teacher = load_teacher(options.model, options.sae_layer, options.location, device, teacher_dtype(config, device))
     sae = load_sae(options.sae, device)
-    problems = [*_misfits(config, teacher, sae), *_tokenizer_misfits(config, sae)]
+    problems = [
+        *_sae_misfits(config, teacher, sae),
+        *_teacher_misfits(config, teacher),
+        *_tokenizer_misfits(config, sae),
+    ]
     if problems:
         raise UserError(*problems)
     return ConceptLabeler(teacher, sae, label_settings(config, teacher.context, eot_id))
@@ -121,8 +151,8 @@ def label_settings(config: Config, teacher_context: int, eot_id: int) -> LabelSe
     )
 
 
-def _misfits(config: Config, teacher: Teacher, sae: SAE):
-    model, method, options = config.model, config.method, config.teacher
+def _sae_misfits(config: Config, teacher: Teacher, sae: SAE):
+    method, options = config.method, config.teacher
     path = options.sae
     if sae.width != teacher.width:
         yield f"teacher.sae {path} reads width {sae.width}, but the teacher {options.model} has width {teacher.width}."
@@ -136,16 +166,25 @@ def _misfits(config: Config, teacher: Teacher, sae: SAE):
             f"method.num_labels is {method.num_labels}, but teacher.sae keeps {sae.form.k} latents a position. "
             f"Nearest valid: {sae.form.k}."
         )
+    here = {"sae_layer": options.sae_layer, "location": options.location, "teacher_sha256": teacher.sha256}
+    for key, value in here.items():
+        if sae.info.get(key, value) != value:
+            yield f"teacher.sae {path} was trained for {key} {sae.info[key]}, but this run has {value}."
+
+
+def _teacher_misfits(config: Config, teacher: Teacher):
+    model, method = config.model, config.method
     yield from context_misfits(config, teacher.context)
     if model.vocab_size < teacher.vocab_size:
         yield (
             f"model.vocab_size is {model.vocab_size}, but the teacher has {teacher.vocab_size} tokens. "
             f"Nearest valid: {teacher.vocab_size}."
         )
-    here = {"sae_layer": options.sae_layer, "location": options.location, "teacher_sha256": teacher.sha256}
-    for key, value in here.items():
-        if sae.info.get(key, value) != value:
-            yield f"teacher.sae {path} was trained for {key} {sae.info[key]}, but this run has {value}."
+    if method.learns_hidden and method.target_size != teacher.width:
+        yield (
+            f"method.target_size is {method.target_size}, but the teacher {config.teacher.model} has width "
+            f"{teacher.width}. Nearest valid: {teacher.width}."
+        )
 
 
 def context_misfits(config: Config, teacher_context: int) -> Iterator[str]:
@@ -157,8 +196,8 @@ def context_misfits(config: Config, teacher_context: int) -> Iterator[str]:
         )
 
 
-def _tokenizer_misfits(config: Config, sae: SAE):
-    """The concepts of a token mean nothing for another token of the same id."""
+def _tokenizer_misfits(config: Config, sae: SAE | None = None):
+    """What a teacher knows of a token means nothing for another token of the same id."""
     try:
         student = load_tokenizer(config.data.tokenizer)
     except UserError:
@@ -166,8 +205,9 @@ def _tokenizer_misfits(config: Config, sae: SAE):
     theirs = teacher_tokenizer(config.teacher.model)
     hashes = {
         f"teacher.model {config.teacher.model}": theirs.sha256 if theirs else None,
-        f"teacher.sae {config.teacher.sae}": sae.info.get("tokenizer_sha256"),
     }
+    if sae:
+        hashes[f"teacher.sae {config.teacher.sae}"] = sae.info.get("tokenizer_sha256")
     for what, sha256 in hashes.items():
         if sha256 not in (None, student.sha256):
             yield (

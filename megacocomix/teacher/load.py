@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from megacocomix.config import Location, parse_yaml
+from megacocomix.config import Location
 from megacocomix.data.tokenizer import Tokenizer, load_tokenizer
 from megacocomix.errors import UserError
 from megacocomix.hub import local_folder
 from megacocomix.model.gpt2 import GPT2
 from megacocomix.model.load import load_model, weights_sha256
 from megacocomix.teacher.cut import Teacher, TeacherModel
+from megacocomix.yaml_text import parse_yaml
 
 
 def load_teacher(

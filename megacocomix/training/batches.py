@@ -1,5 +1,5 @@
-"""The micro-batches of a step, tokens and labels, for one data rank. Labels of the next step are made while the student
-is at this one, where a GPU has a stream to spare."""
+"""The micro-batches of a step, tokens and what the teacher says of them, for one data rank. The teacher reads the next
+step's tokens while the student is at this one's, where a GPU has a stream to spare."""
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,12 @@ from megacocomix.errors import UserError
 from megacocomix.model.losses import count_labelled, next_token_targets
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.pipeline import MicroBatch
+from megacocomix.teacher.guidance import Signals
 from megacocomix.validate import Inputs
 
 
 class StepBatches:
-    """What this rank trains on, step by step, up to `last_step`. N sequences of a step, T tokens, K_attr labels.
+    """What this rank trains on, step by step, up to `last_step`. N sequences of a step, T tokens.
 
     Data that cannot be trained on is kept in `bad_data`, for all ranks to stop at together: the others are on their way
     into this step's collectives.
@@ -25,60 +26,74 @@ class StepBatches:
         self.config, self.grid, self.inputs, self.last_step = config, grid, inputs, last_step
         self.bad_data: UserError | None = None
         self._bad_steps: dict[int, UserError] = {}
-        has_stream = inputs.labels is not None and grid.device.type == "cuda"
+        has_stream = inputs.guidance is not None and grid.device.type == "cuda"
         self.stream = torch.cuda.Stream(grid.device) if has_stream else None
-        self.ahead: dict[int, tuple[Tensor, Tensor]] = {}
+        self.ahead: dict[int, tuple[Tensor, Signals]] = {}
 
-    def take(self, step: int) -> tuple[list[MicroBatch], Tensor | None]:
-        """The micro-batches of a step, and the number of labelled positions in all data ranks' (None without labels).
-        Collective where there are labels."""
-        batch = self.config.training.micro_batch
-        if self.inputs.labels is None:
-            tokens_NT, labels_NTk = self._read(step), None
-        else:
-            tokens_NT, labels_NTk = self._labelled_ahead(step) if self.stream else self._labelled(step)
+    def take(self, step: int) -> tuple[list[MicroBatch], Tensor | int]:
+        """The micro-batches of a step, and the number of positions of all data ranks whose prediction is learned.
+        Collective where there is a teacher."""
+        training = self.config.training
+        if self.inputs.guidance is None:
+            tokens_NT = self._read(step)
+            self.bad_data = self._bad_steps.pop(step, None)
+            return _micro_batches(tokens_NT, Signals(), training.micro_batch), 1
+        tokens_NT, signals = self._guided_ahead(step) if self.stream else self._guided(step)
         self.bad_data = self._bad_steps.pop(step, None)
-        if labels_NTk is None:
-            return [_micro_batch(tokens_BT, None) for tokens_BT in tokens_NT.split(batch)], None
-        # The ranks of one copy of the model see the same samples: each labelled its part, and only labels travel.
-        dist.all_reduce(labels_NTk, group=self.grid.model_group)
-        num_labelled = count_labelled(labels_NTk)
-        dist.all_reduce(num_labelled, group=self.grid.data_group)
-        pieces = zip(tokens_NT.split(batch), labels_NTk.split(batch), strict=True)
-        return [_micro_batch(*piece) for piece in pieces], num_labelled.clamp_(min=1)
+        # The ranks of one copy of the model see the same samples: each asked the teacher about its part, and only the
+        # answers travel.
+        if self.grid.model > 1:
+            for signal in signals:
+                if signal is not None:
+                    dist.all_reduce(signal, group=self.grid.model_group)
+        num_predicted = 1
+        if signals.labels_NMk is not None:
+            num_predicted = count_labelled(signals.labels_NMk)
+            dist.all_reduce(num_predicted, group=self.grid.data_group)
+            num_predicted = num_predicted.clamp_(min=1)
+        elif signals.hidden_NME is not None:
+            num_predicted = training.global_batch * signals.hidden_NME.shape[1]
+        return _micro_batches(tokens_NT, signals, training.micro_batch), num_predicted
 
-    def _labelled_ahead(self, step: int) -> tuple[Tensor, Tensor]:
-        """`_labelled`, on its own stream; the kernels that label the next step are queued before the caller queues the
+    def _guided_ahead(self, step: int) -> tuple[Tensor, Signals]:
+        """`_guided`, on its own stream; the teacher's kernels for the next step are queued before the caller queues the
         student's of this one, so the two run side by side."""
         if step not in self.ahead:
             self.stream.wait_stream(torch.cuda.current_stream())  # which put teacher and autoencoder onto the device
             self._start(step)
-        labelled = self.ahead.pop(step)
+        tokens_NT, signals = self.ahead.pop(step)
         main = torch.cuda.current_stream()
         main.wait_stream(self.stream)
-        for tensor in labelled:
-            tensor.record_stream(main)  # else its memory could be given to the next step's labels while in use here
+        for tensor in (tokens_NT, *signals):
+            if tensor is not None:
+                tensor.record_stream(main)  # else its memory could be given to the next step while in use here
         if step + 1 < self.last_step:
             self._start(step + 1)
-        return labelled
+        return tokens_NT, signals
 
     def _start(self, step: int) -> None:
         with torch.cuda.stream(self.stream):
-            self.ahead[step] = self._labelled(step)
+            self.ahead[step] = self._guided(step)
 
-    def _labelled(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens [N, T] of a step, and labels [N, T, K_attr]: those of this rank's part, zeros in the others'."""
-        grid, dataset = self.grid, self.inputs.train
+    def _guided(self, step: int) -> tuple[Tensor, Signals]:
+        """Tokens [N, T] of a step, and the signals of this rank's part of them, zeros in the others'."""
+        grid, dataset, guidance = self.grid, self.inputs.train, self.inputs.guidance
         tokens_NT = self._read(step)
         windows = [dataset.window_index(position) for position in self._positions(step)]
-        labels_NTk = tokens_NT.new_zeros(*tokens_NT.shape, self.config.method.num_labels)
         first, stop = (len(windows) * rank // grid.model for rank in (grid.model_rank, grid.model_rank + 1))
+        own = None
         if first < stop:
             try:
-                labels_NTk[first:stop] = self.inputs.labels(windows[first:stop], tokens_NT[first:stop])
+                own = guidance(windows[first:stop], tokens_NT[first:stop])
             except UserError as error:  # a damaged shard of the label cache
                 self._bad_steps[step] = error
-        return tokens_NT, labels_NTk
+        if own and grid.model == 1:
+            return tokens_NT, own
+        signals = guidance.zeros(tokens_NT)
+        for signal, part in zip(signals, own or Signals(), strict=True):
+            if part is not None:
+                signal[first:stop] = part
+        return tokens_NT, signals
 
     def _read(self, step: int) -> Tensor:
         """Tokens of this data rank's micro-batches one after the other, int64 [N, T] on the device."""
@@ -99,5 +114,7 @@ class StepBatches:
         return [start + row for start in starts for row in range(training.micro_batch)]
 
 
-def _micro_batch(tokens_BT: Tensor, labels_BTk: Tensor | None) -> MicroBatch:
-    return MicroBatch(tokens_BT, next_token_targets(tokens_BT), labels_BTk)
+def _micro_batches(tokens_NT: Tensor, signals: Signals, size: int) -> list[MicroBatch]:
+    rows = [slice(start, start + size) for start in range(0, len(tokens_NT), size)]
+    parts = lambda row: (None if signal is None else signal[row] for signal in signals)
+    return [MicroBatch(tokens_NT[row], next_token_targets(tokens_NT[row]), *parts(row)) for row in rows]

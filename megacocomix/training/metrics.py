@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -44,11 +45,12 @@ class MetricsLog:
     def train(self, record: dict, seconds_per_step: float) -> None:
         """A training line; the console gets a short form with the time that is left."""
         self._write(record)
-        concept = "" if record["concept_loss"] is None else f"concept {record['concept_loss']:.3f}  "
+        others = {"concept": "concept_loss", "hidden": "hidden_loss", "kd": "kd_loss"}
+        others = "".join(f"{name} {record[key]:.3f}  " for name, key in others.items() if record[key] is not None)
         mfu = "" if record["mfu"] is None else f"MFU {record['mfu']:.1%}  "
         left = _clock((self._last_step - record["step"]) * seconds_per_step)
         self.say(
-            f"step {record['step']:>6}/{self._last_step}  loss {record['loss']:.4f}  {concept}lr {record['lr']:.2e}  "
+            f"step {record['step']:>6}/{self._last_step}  loss {record['loss']:.4f}  {others}lr {record['lr']:.2e}  "
             f"norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s  "
             f"{record['flops_per_second'] / 1e9:,.1f} GFLOP/s  {mfu}{record['memory_gib']:.2f} GiB  {left} left"
         )
@@ -86,6 +88,16 @@ class MetricsLog:
         if self._board:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, record["step"])
+
+
+def is_validated(run: Path, step: int) -> bool:
+    """Whether a run's metrics hold the validation of a step."""
+    lines = (run / METRICS_FILE).read_bytes().splitlines() if (run / METRICS_FILE).is_file() else []
+    for line in reversed(lines):
+        with suppress(ValueError, AttributeError):  # torn by a crash
+            if (record := json.loads(line)).get("step") == step and "valid_loss" in record:
+                return True
+    return False
 
 
 def _open_after_whole_lines(path: Path):

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from megacocomix import __version__
-from megacocomix.config import Config, build_config, dump_config, parse_yaml
+from megacocomix.config import Config, build_config, dump_config
 from megacocomix.errors import UserError
+from megacocomix.evaluation.settings import settings_in_effect
 from megacocomix.files import write_json, write_text
+from megacocomix.yaml_text import parse_yaml
 
 LOCK = ".lock"
 # What may change between two starts of one run: nothing here alters the weights of any step.
@@ -112,10 +114,5 @@ def _check_same(config: Config, stored: Config, run: Path) -> None:
 
 
 def _flat(config: Config) -> dict:
-    flat = {}
-    for section, values in config.model_dump(mode="json").items():
-        for field, value in values.items() if isinstance(values, dict) else [(None, values)]:
-            key = f"{section}.{field}" if field else section
-            if section not in FREE and key not in FREE:
-                flat[key] = value
-    return flat
+    used = settings_in_effect(config.model_dump(mode="json"), config.method)
+    return {key: value for key, value in used.items() if not {key, key.partition(".")[0]} & FREE}

@@ -19,6 +19,7 @@ from megacocomix.checkpoint.store import StoredTensors, TrainingState, load_chec
 from megacocomix.checkpoint.writer import CheckpointWriter
 from megacocomix.config import Config, dump_config
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
+from megacocomix.evaluation.harness import tasks_left
 from megacocomix.evaluation.perplexity import perplexity, validation_batches
 from megacocomix.hub import local_folder
 from megacocomix.model.flops import student_flops
@@ -29,12 +30,13 @@ from megacocomix.parallel.recompute import recompute_blocks
 from megacocomix.parallel.runtime import Runtime, all_or_none, seed_step
 from megacocomix.parallel.stage import LocalStages, hidden_shape
 from megacocomix.parallel.zero import Engine
-from megacocomix.teacher.sources import describe_labels
+from megacocomix.teacher.guidance import describe_guidance
 from megacocomix.training.batches import StepBatches
 from megacocomix.training.flops import device_peak
-from megacocomix.training.metrics import MetricsLog
+from megacocomix.training.metrics import MetricsLog, is_validated
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megacocomix.training.run_folder import check_run_folder, code_version, log_to_file, write_run_folder
+from megacocomix.training.tasks import score_tasks
 from megacocomix.validate import Inputs, check_config, layout_warnings, open_inputs
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ def train(config: Config, runtime: Runtime) -> int:
     with all_or_none():
         check_config(config, runtime.world)
         run = check_run_folder(config)
-        if config.concepts and runtime.is_main:  # the others wait here, and find it downloaded
+        if config.method.has_teacher and runtime.is_main:  # the others wait here, and find it downloaded
             local_folder(config.teacher.model, download=True)
     with all_or_none():
         inputs = open_inputs(config, runtime.device)
@@ -84,8 +86,9 @@ class Trainer:
         self.batches = StepBatches(config, self.grid, inputs, self.last_step)
         self.tokens_per_step = config.training.global_batch * config.model.context
         self.student_flops = student_flops(config)
-        self.teacher_flops = inputs.labels.live_flops * inputs.labels.live_share if inputs.labels else 0.0
-        self.stop_signal = 0
+        self.teacher_flops = inputs.guidance.flops if inputs.guidance else 0.0
+        self.stages.teacher_head = inputs.guidance.head if inputs.guidance else None
+        self.stop_signal, self.lacks_tasks = 0, False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note_signal)
 
@@ -101,12 +104,15 @@ class Trainer:
     def _train(self) -> int:
         state, config = self.state, self.config
         self._start_clock()
+        if state.step == self.last_step:
+            return self._make_up()
         while state.step < self.last_step:
             losses = self._step()
             stopped = self._agree_on_stopping()
             is_last = state.step == self.last_step
-            saves = state.step % config.checkpoint.every == 0 or is_last or stopped
-            logs = state.step % config.logging.every == 0 or is_last
+            scores = bool(config.evaluation.tasks) and (is_last or self._is_due(config.evaluation.tasks_every))
+            saves = self._is_due(config.checkpoint.every) or is_last or stopped or scores
+            logs = self._is_due(config.logging.every) or is_last
             if not self.engine.step_was_applied() or ((logs or saves) and not self._is_finite(losses)):
                 self._complete_save()
                 self._say(f"error: loss or gradient is not finite at step {state.step}; it is not saved")
@@ -114,15 +120,39 @@ class Trainer:
             if logs:
                 self._log_step(losses)
             if saves:  # before validating, which may take longer than the grace period after a signal
-                self._save(must_succeed=is_last or stopped)
-            if (state.step % config.evaluation.every == 0 or is_last) and not math.isfinite(self._validate()):
+                self._save(must_succeed=is_last or stopped or scores)
+            if (self._is_due(config.evaluation.every) or is_last) and not math.isfinite(self._validate()):
                 self._complete_save()
                 self._say(f"error: validation loss is not finite after step {state.step}: lower optimizer.lr")
                 return EXIT_FAILED
-            if stopped and not is_last:
+            if scores and not stopped:
+                stopped = self._score_tasks()
+            if stopped and (scores or not is_last):
                 self._say(f"stopped on a signal after step {state.step}: saved, start the same command again to go on")
                 return EXIT_REQUEUE
-        return EXIT_FINISHED
+        return EXIT_FAILED if self.lacks_tasks else EXIT_FINISHED
+
+    def _make_up(self) -> int:
+        """Of a run whose last step is saved: the validation and the tasks that it was killed before. Returns an exit
+        code."""
+        owed = [False, False]
+        if self.runtime.is_main:
+            tasks = self.config.evaluation
+            left = tasks.tasks and tasks_left(self._checkpoint(), tasks.tasks, tasks.tasks_data, tasks.tasks_limit)
+            owed = [not is_validated(self.run, self.state.step), bool(left)]
+        dist.broadcast_object_list(owed, src=0)
+        validates, scores = owed
+        if validates and not math.isfinite(self._validate()):
+            return EXIT_FAILED
+        if scores and self._score_tasks():
+            return EXIT_REQUEUE
+        return EXIT_FAILED if self.lacks_tasks else EXIT_FINISHED
+
+    def _checkpoint(self) -> Path:
+        return self.run / "checkpoints" / f"step-{self.state.step:08d}"
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.state.step % every == 0
 
     def close(self) -> None:
         """Finish logging."""
@@ -156,7 +186,8 @@ class Trainer:
                 chosen = [checkpoint, read_checkpoint_manifest(checkpoint)["inputs"]]
         dist.broadcast_object_list(chosen, src=0)
         checkpoint, stored = chosen
-        changed = [key for key in sorted(stored or {}) if stored[key] != self.identity.get(key)]
+        # What is not read any more cannot have changed.
+        changed = [key for key in sorted(stored or {}) if stored[key] != self.identity.get(key, stored[key])]
         with all_or_none():
             if changed:
                 raise UserError(
@@ -166,11 +197,11 @@ class Trainer:
         return checkpoint
 
     def _step(self) -> torch.Tensor:
-        """One optimizer step. Returns this rank's share of the global mean losses: next-token and concept, on the
-        device."""
+        """One optimizer step. Returns this rank's share of the global mean losses (next token, prediction,
+        distillation), on the device."""
         config, state, stages = self.config, self.state, self.stages
         seed_step(config.training.seed, state.step, self.runtime.rank)
-        batches, stages.num_labelled = self.batches.take(state.step)
+        batches, stages.num_predicted = self.batches.take(state.step)
         stages.num_targets = config.training.global_batch * (config.model.context - 1)
         stages.losses.zero_()
         set_learning_rate(self.engine.optimizer, self._learning_rate(state.step))
@@ -200,7 +231,7 @@ class Trainer:
 
     def _log_step(self, losses: torch.Tensor) -> None:
         state = self.state
-        loss, concept_loss = losses.tolist()
+        method, (loss, predicted_loss, kd_loss) = self.config.method, losses.tolist()
         grad_norm = self.engine.gradient_norm()
         self._pause_clock()
         steps, seconds = state.step - self.logged.step, state.seconds - self.logged.seconds
@@ -210,7 +241,9 @@ class Trainer:
         flops_per_second = tokens_per_second * self.student_flops
         record = self._progress_record() | {
             "loss": loss,
-            "concept_loss": concept_loss if self.config.concepts else None,
+            "concept_loss": predicted_loss if method.learns_concepts else None,
+            "hidden_loss": predicted_loss if method.learns_hidden else None,
+            "kd_loss": kd_loss if method.distills else None,
             "lr": self._learning_rate(state.step - 1),
             "grad_norm": grad_norm,
             "tokens_per_second": tokens_per_second,
@@ -232,7 +265,7 @@ class Trainer:
         batches = validation_batches(dataset, num_sequences, batch, grid.data_rank, grid.data)
         # As many at a time as keep a pipeline busy.
         for some in iter(lambda: list(islice(batches, 4 * grid.pipeline)), []):
-            on_device = [MicroBatch(*(each.to(self.runtime.device) for each in pair), None) for pair in some]
+            on_device = [MicroBatch(*(each.to(self.runtime.device) for each in pair)) for pair in some]
             self.pipeline.evaluate(self.engine, on_device)
         total = self._own_losses()[0]
         dist.all_reduce(total)
@@ -241,6 +274,24 @@ class Trainer:
         self._write(lambda metrics: metrics.valid(record))
         self._start_clock()
         return loss
+
+    def _score_tasks(self) -> bool:
+        """Score the tasks on this step's checkpoint. Returns whether a signal came on the way."""
+        self._pause_clock()
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()  # for the process that scores
+        stopped, failure = score_tasks(
+            self._checkpoint(),
+            self.config.evaluation,
+            self.run / "logs" / "tasks.log",
+            self.runtime.is_main,
+            self._agree_on_stopping,
+        )
+        self.lacks_tasks = failure is not None  # of the last step it is the run's failure
+        if failure:
+            self._say(f"warning: {failure}")
+        self._start_clock()
+        return stopped
 
     def _save(self, must_succeed: bool) -> None:
         """Begin a checkpoint of this step; with `must_succeed` also complete it, or raise UserError on all ranks."""
@@ -320,8 +371,8 @@ class Trainer:
             f"{self.runtime.device.type}, {self.inputs.train.num_windows:,} training windows, "
             f"{self.student_flops / 1e6:.1f} MFLOP a token for the student"
         )
-        if labels := self.inputs.labels:
-            self._say(describe_labels(config, labels, self.student_flops, self.inputs.train.num_windows))
+        if guidance := self.inputs.guidance:
+            self._say(describe_guidance(config, guidance, self.student_flops, self.inputs.train.num_windows))
         for warning in layout_warnings(config, self.runtime.world):
             self._say(f"warning: {warning}")
         if self.inputs.init and not state.step:

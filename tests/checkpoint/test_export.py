@@ -8,7 +8,6 @@ import tiny
 from megacocomix.checkpoint.hf import export_hf
 from megacocomix.config import ModelConfig
 from megacocomix.errors import UserError
-from megacocomix.model.concept import ConceptMixer
 from megacocomix.model.gpt2 import GPT2, initialise
 from megacocomix.model.hf_names import from_hf, to_hf
 from megacocomix.model.load import LoadedModel, load_model
@@ -16,8 +15,8 @@ from megacocomix.model.load import LoadedModel, load_model
 SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
 
 
-def loaded(concept=None, insertion_layer=None):
-    model = GPT2(SHAPE, concept, insertion_layer)
+def loaded(method=None):
+    model = GPT2(SHAPE, method)
     initialise(model, 0)
     return LoadedModel(model, SHAPE, None, "", "source")
 
@@ -40,7 +39,7 @@ def test_in_bf16_transformers_reads_the_rounded_weights(tmp_path):
 
 
 def test_every_parameter_goes_to_the_published_names_and_back():
-    model = loaded(ConceptMixer(SHAPE.hidden_size, 64, 4), 1).model
+    model = loaded(tiny.method()).model
     theirs = dict(to_hf(name, p.detach(), SHAPE.num_heads) for name, p in model.named_parameters())
     assert "transformer.compress_layer.weight" in theirs
     for name, parameter in model.named_parameters():

@@ -17,7 +17,6 @@ from megacocomix.errors import UserError
 from megacocomix.hf import modeling_cocomix
 from megacocomix.hf.configuration_cocomix import CocomixConfig
 from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
-from megacocomix.model.concept import ConceptMixer
 from megacocomix.model.gpt2 import GPT2, initialise
 from megacocomix.model.hf_names import load_hf_weights
 from megacocomix.model.load import LoadedModel
@@ -43,7 +42,7 @@ save_file({"logits": model(tokens).logits.detach().contiguous()}, sys.argv[3])
 
 def student(insertion_layer):
     """A random student whose next tokens depend on much of what it read."""
-    model = GPT2(SHAPE, ConceptMixer(SHAPE.hidden_size, tiny.LATENTS, 4), insertion_layer)
+    model = GPT2(SHAPE, tiny.method(insertion_layer=insertion_layer))
     initialise(model, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -113,7 +112,8 @@ def test_the_published_codes_weights_give_its_logits_from_the_exported_folder(re
         vocab_size=case["vocab"],
         dropout=0.0,
     )
-    model = GPT2(shape, ConceptMixer(width, case["latents"], case["k"]), case["insert"])
+    method = tiny.method(num_concepts=case["latents"], num_kept=case["k"], insertion_layer=case["insert"])
+    model = GPT2(shape, method)
     load_hf_weights(model, lambda name: tensors[f"student.{name}"], case["s_head"])
     export_hf(LoadedModel(model, shape, None, "", golden), tmp_path / "hf", "gpt2")
     written = load_file(tmp_path / "hf/model.safetensors")
@@ -146,9 +146,8 @@ def test_a_cache_changes_nothing_over_300_tokens(exported):
 def test_the_comparison_notices_the_mask_of_the_published_code(exported, monkeypatch):
     """Its cached decoding lets the two new slots see the first two keys: causal from the top left."""
 
-    def from_the_top_left(mask, num_tokens, num_slots):
-        shape = num_tokens * num_slots, mask.shape[1] * num_slots
-        return torch.ones(shape, dtype=torch.bool).tril()[None, None]
+    def from_the_top_left(keys, num_queries):
+        return torch.ones(num_queries, keys.shape[1], dtype=torch.bool).tril()[None, None]
 
     monkeypatch.setattr(modeling_cocomix, "visible_slots", from_the_top_left)
     options = {"max_new_tokens": 5, "do_sample": False}

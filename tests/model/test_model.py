@@ -11,7 +11,7 @@ SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
 
 
 def student(insertion_layer):
-    model = GPT2(SHAPE, ConceptMixer(SHAPE.hidden_size, tiny.LATENTS, 4), insertion_layer)
+    model = GPT2(SHAPE, tiny.method(insertion_layer=insertion_layer))
     initialise(model, 0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -47,7 +47,7 @@ def test_a_concept_stands_right_after_its_token():
 
 
 def test_compress_of_k_rows_equals_the_dense_product_in_value_and_gradient():
-    mixer = ConceptMixer(8, 50, 4).double()
+    mixer = ConceptMixer(8, tiny.method(num_concepts=50)).double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in mixer.parameters():

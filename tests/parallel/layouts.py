@@ -1,11 +1,13 @@
 """Layouts of a tiny run, and what the ranks of a test's job do to compare them: train and keep every gradient."""
 
 import itertools
+import json
 import os
 import re
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from jobs import train_all
@@ -35,7 +37,7 @@ def layout(world: int, tensor: int, pipeline: int, zero: int, method: str, **mor
     parallel = {key: more[key] for key in more if key not in (*training, SMALL_WHOLE)}
     sections = {
         "parallel": {"tensor": tensor, "pipeline": pipeline, "zero": zero, **parallel},
-        "method": {"name": method},
+        "method": {"name": method} if isinstance(method, str) else method,
         "training": training,
     }
     return name_of(world, tensor, pipeline, zero, method, **more), sections
@@ -145,3 +147,53 @@ def train_and_keep_gradients(configs: list) -> list[tuple[int, list[str]]]:
     shard_small_parameters_too()
     Engine._sum_shared_gradients = sum_and_keep
     return train_all(configs)
+
+
+def lines(folder, run):
+    return [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def gradients(folder, run, step):
+    """Whole gradients by name; all ranks that know one know the same."""
+    merged = {}
+    for file in sorted((folder / run).glob(f"gradients-{step}-*.st")):
+        for name, value in load_file(file).items():
+            torch.testing.assert_close(merged.setdefault(name, value), value, rtol=0, atol=1e-6 * value.abs().max())
+    return merged
+
+
+def state(folder, run):
+    """Weights and Adam moments after the last step."""
+    merged = {}
+    for file in (folder / run / f"checkpoints/step-{STEPS:08d}").glob("*.safetensors"):
+        merged |= load_file(file)
+    return merged
+
+
+def largest_differences(folder, run, reference):
+    """Of losses, gradient norms, gradients and weights against the reference run."""
+    found = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weights": 0.0, "moments": 0.0}
+    for line, expected in zip(lines(folder, run), lines(folder, reference), strict=True):
+        for key, kind in (
+            ("loss", "loss"),
+            ("concept_loss", "loss"),
+            ("hidden_loss", "loss"),
+            ("kd_loss", "loss"),
+            ("valid_loss", "loss"),
+            ("grad_norm", "norm"),
+        ):
+            if expected.get(key) is not None:
+                found[kind] = max(found[kind], abs(line[key] - expected[key]) / abs(expected[key]))
+    for step in range(1, STEPS + 1):
+        ours, theirs = gradients(folder, run, step), gradients(folder, reference, step)
+        if copy := ours.pop("copy", None) is not None:
+            assert copy
+        assert ours.keys() == theirs.keys()
+        found["gradient"] = max(found["gradient"], *(difference(ours[name], theirs[name]) for name in theirs))
+    ours, theirs = state(folder, run), state(folder, reference)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        kind = "moments" if "/" in name else "weights"
+        floor = WEIGHT_FLOOR if kind == "weights" else 0.0
+        found[kind] = max(found[kind], difference(ours[name], theirs[name], floor))
+    return found

@@ -1,14 +1,23 @@
 """Every layout trains the model that one process trains: losses, every gradient, norm, weights. The heart of it all."""
 
-import json
 import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import tiny
-from layouts import STEPS, WEIGHT_FLOOR, all_layouts, config, difference, layout, run_name, train_and_keep_gradients
+from layouts import (
+    STEPS,
+    all_layouts,
+    config,
+    gradients,
+    largest_differences,
+    layout,
+    lines,
+    run_name,
+    state,
+    train_and_keep_gradients,
+)
 from processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -55,53 +64,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def lines(folder, run):
-    return [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
-
-
-def gradients(folder, run, step):
-    """Whole gradients by name; all ranks that know one know the same."""
-    merged = {}
-    for file in sorted((folder / run).glob(f"gradients-{step}-*.st")):
-        for name, value in load_file(file).items():
-            torch.testing.assert_close(merged.setdefault(name, value), value, rtol=0, atol=1e-6 * value.abs().max())
-    return merged
-
-
-def state(folder, run):
-    """Weights and Adam moments after the last step."""
-    merged = {}
-    for file in (folder / run / f"checkpoints/step-{STEPS:08d}").glob("*.safetensors"):
-        merged |= load_file(file)
-    return merged
-
-
 def distance(ours, theirs):
     """Length of the difference of two sets of tensors, relative to the length of the second."""
     squares = [((ours[name] - theirs[name]).square().sum(), theirs[name].square().sum()) for name in theirs]
     return (sum(square for square, _ in squares) / sum(square for _, square in squares)).sqrt().item()
-
-
-def largest_differences(folder, run, reference):
-    """Of losses, gradient norms, gradients and weights against the reference run."""
-    found = {"loss": 0.0, "norm": 0.0, "gradient": 0.0, "weights": 0.0, "moments": 0.0}
-    for line, expected in zip(lines(folder, run), lines(folder, reference), strict=True):
-        for key, kind in (("loss", "loss"), ("concept_loss", "loss"), ("valid_loss", "loss"), ("grad_norm", "norm")):
-            if expected.get(key) is not None:
-                found[kind] = max(found[kind], abs(line[key] - expected[key]) / abs(expected[key]))
-    for step in range(1, STEPS + 1):
-        ours, theirs = gradients(folder, run, step), gradients(folder, reference, step)
-        if copy := ours.pop("copy", None) is not None:
-            assert copy
-        assert ours.keys() == theirs.keys()
-        found["gradient"] = max(found["gradient"], *(difference(ours[name], theirs[name]) for name in theirs))
-    ours, theirs = state(folder, run), state(folder, reference)
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        kind = "moments" if "/" in name else "weights"
-        floor = WEIGHT_FLOOR if kind == "weights" else 0.0
-        found[kind] = max(found[kind], difference(ours[name], theirs[name], floor))
-    return found
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ import torch
 import tiny
 from layouts import shard_small_parameters_too
 from megacocomix.config import load_config
-from megacocomix.model.flops import block_flops, concept_flops, head_flops
+from megacocomix.model.flops import block_flops, head_flops, module_flops
 from megacocomix.model.gpt2 import assemble, initial_value
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.runtime import start_runtime, stop_runtime
@@ -28,8 +28,8 @@ def stages_on(config, rank):
 def costliest(config, bounds):
     costs = [block_flops(config, index) for index in range(config.model.num_layers)]
     costs[-1] += head_flops(config)
-    if config.concepts:
-        costs[config.method.insertion_layer] += concept_flops(config)
+    if config.method.has_module:
+        costs[config.method.insertion_layer] += module_flops(config)
     return max(sum(costs[first:stop]) for first, stop in itertools.pairwise(bounds))
 
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 import tiny
 from megacocomix.config import ModelConfig
-from megacocomix.model.concept import Compress, ConceptMixer, KeepLargest
+from megacocomix.model.concept import Compress, KeepLargest
 from megacocomix.model.gpt2 import GPT2, initialise
 from megacocomix.model.losses import MASKED, label_cross_entropy
 from megacocomix.parallel.layers import CompressRows, KeepLargestOfAll, Piece, TensorRanks
@@ -18,7 +18,7 @@ TOKENS, WIDTH, KEPT = 16, 8, 5
 
 
 def small_model():
-    model = GPT2(ModelConfig(**tiny.SHAPE, dropout=0.0), ConceptMixer(32, tiny.LATENTS, 4), insertion_layer=1)
+    model = GPT2(ModelConfig(**tiny.SHAPE, dropout=0.0), tiny.method())
     initialise(model, 0)
     return model
 

@@ -15,7 +15,7 @@ def open_init(config: Config) -> Source | None:
     if config.training.init is None:
         return None
     model, method = config.model, config.method
-    settings = {"insertion_layer": method.insertion_layer, "num_kept": method.num_kept} if config.concepts else {}
+    settings = {"insertion_layer": method.insertion_layer, "num_kept": method.num_kept} if method.has_module else {}
     try:
         source = open_source(
             config.training.init, Hints(**settings, num_heads=model.num_heads, vocab_size=model.vocab_size)
@@ -23,11 +23,16 @@ def open_init(config: Config) -> Source | None:
     except UserError as error:
         raise UserError(*(f"training.init: {problem}" for problem in error.problems)) from None
     where = f"training.init {config.training.init}"
-    if source.concepts and not config.concepts:
-        raise UserError(f"{where} has a concept module, but method.name is ntp. Nearest valid: method.name=cocomix.")
+    if source.concepts and not method.has_module:
+        raise UserError(
+            f"{where} has a concept module, but method.name {method.name} has none. Nearest valid: method.name=cocomix."
+        )
     pairs = [("model", model, source.shape, ("num_layers", "hidden_size", "num_heads", "context", "vocab_size"))]
     if source.concepts:
-        pairs.append(("method", method, source.concepts, ("insertion_layer", "num_concepts", "num_kept")))
+        parts = ["insertion_layer", "predict", "mix", "placement", "interleave_every"]
+        parts += ["num_concepts", "num_kept"] if method.predict == "concepts" else []
+        parts += ["target_size"] if method.predict == "hidden" else []
+        pairs.append(("method", method, source.concepts, parts))
     problems = [
         f"{section}.{field} {getattr(wanted, field)} does not fit {where}, which has {getattr(found, field)}. "
         f"Nearest valid: {section}.{field}={getattr(found, field)}."
@@ -49,5 +54,5 @@ def first_value(name: str, shape: torch.Size, config: Config, init: Source | Non
 
 def say_init(config: Config, init: Source) -> str:
     """A line that says what a new run begins with."""
-    drawn = "; the concept module, which it lacks, is drawn" if config.concepts and not init.concepts else ""
+    drawn = "; the concept module, which it lacks, is drawn" if config.method.has_module and not init.concepts else ""
     return f"weights begin as {init.path} ({init.kind}){drawn}"

@@ -80,9 +80,9 @@ def _ours(shape: ModelConfig, concepts: Concepts | None, read: Read, tokens: Ten
     for index in range(shape.num_layers):
         if concepts and index == concepts.insertion_layer:
             x, _ = part("concept")(x)
-        x = part(f"blocks.{index}")(x)
+        x = part(f"blocks.{index}")(x, model.every if str(index) == model.last_block else None)
         del model.blocks[str(index)]
-    return part("norm")(x[:, 1::2] if concepts else x)
+    return part("norm")(x)
 
 
 def _theirs(shape: ModelConfig, concepts: Concepts | None, read: Read, tokens: Tensor) -> Tensor:

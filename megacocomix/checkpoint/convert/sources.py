@@ -6,7 +6,7 @@ All tensors are found and of the right shape before the first is read.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from megacocomix.checkpoint.convert.tensors import SafetensorFiles, sharded_files
-from megacocomix.config import Config, ModelConfig, build_config, parse_yaml
+from megacocomix.config import Config, ModelConfig, build_config
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
+from megacocomix.method import MethodConfig
 from megacocomix.model.gpt2 import assemble
 from megacocomix.model.hf_names import from_hf, to_hf
 from megacocomix.model.load import CHECKPOINT_FILE, hf_shape, read_checkpoint_manifest
+from megacocomix.yaml_text import parse_yaml
 
 # Stored by some versions of transformers: the causal mask, and a second copy of the tied embedding.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
@@ -41,11 +43,27 @@ NO_HINTS = Hints()
 
 @dataclass(frozen=True)
 class Concepts:
-    """The sizes of a concept module and where it stands."""
+    """The parts of a concept module, their sizes and where it stands: options of the method section."""
 
     insertion_layer: int
     num_concepts: int
     num_kept: int
+    predict: str = "concepts"
+    mix: str = "predicted"
+    placement: str = "interleave"
+    interleave_every: int = 1
+    target_size: int = MethodConfig.model_fields["target_size"].default
+
+    @classmethod
+    def of(cls, method: MethodConfig) -> "Concepts | None":
+        """The module that a method has, if it has one."""
+        return cls(**{field.name: getattr(method, field.name) for field in fields(cls)}) if method.has_module else None
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the published code has such a module."""
+        parts = (self.predict, self.mix, self.placement, self.interleave_every)
+        return parts == ("concepts", "predicted", "interleave", 1)
 
 
 class Store(Protocol):
@@ -145,12 +163,15 @@ def concepts_of(num_concepts: int, num_layers: int, hints: Hints, path: Path) ->
     return Concepts(hints.insertion_layer, num_concepts, hints.num_kept)
 
 
-def open_hf_named(kind: str, path: Path, store: Store, shape: ModelConfig, hints: Hints) -> Source:
-    """A store whose names are Hugging Face GPT-2's, with or without `transformer.` before them."""
+def open_hf_named(
+    kind: str, path: Path, store: Store, shape: ModelConfig, hints: Hints, concepts: Concepts | None = None
+) -> Source:
+    """A store whose names are Hugging Face GPT-2's, with or without `transformer.` before them; `concepts` where the
+    source says what it has."""
     prefix = "transformer." if "transformer.wte.weight" in store.shapes or HEAD in store.shapes else ""
     stored = lambda name: prefix + name.removeprefix("transformer.")
-    concepts = None
-    if (predictor := store.shapes.get(stored("transformer.concept_predictor.weight"))) is not None:
+    predictor = store.shapes.get(stored("transformer.concept_predictor.weight"))
+    if concepts is None and predictor is not None:
         concepts = concepts_of(predictor[0], shape.num_layers, hints, path)
         kind = kind.replace("Hugging Face GPT-2", "published CoCoMix code")
     expected = theirs_of(parameter_shapes(neutral_config(shape, concepts)), shape.num_heads)
@@ -161,7 +182,9 @@ def open_hf_named(kind: str, path: Path, store: Store, shape: ModelConfig, hints
             f"{store.file_of(HEAD)}: {HEAD} is not {stored('transformer.wte.weight')}; only a tied head is read."
         )
     ours = lambda name: from_hf(name, read, shape.num_heads)
-    return Source(kind, path, shape, concepts, store.files, ours, read)
+    # Written out a second time, in proof.py, is only what the published code has.
+    theirs = read if concepts is None or concepts.is_published else None
+    return Source(kind, path, shape, concepts, store.files, ours, theirs)
 
 
 def open_ours(folder: Path) -> Source:
@@ -170,10 +193,10 @@ def open_ours(folder: Path) -> Source:
     config = build_config(manifest["config"], f"{folder}/{CHECKPOINT_FILE}")
     store = SafetensorFiles(folder / name for name in sorted(manifest["files"]) if name.startswith("weights-"))
     check_tensors(store, parameter_shapes(config), folder)
-    method = config.method
-    concepts = Concepts(method.insertion_layer, method.num_concepts, method.num_kept) if config.concepts else None
     read = lambda name: store.read(name).float()
-    return Source("megacocomix checkpoint", folder, config.model, concepts, store.files, read, None, config)
+    return Source(
+        "megacocomix checkpoint", folder, config.model, Concepts.of(config.method), store.files, read, None, config
+    )
 
 
 def open_hf(folder: Path, hints: Hints) -> Source:
@@ -182,8 +205,10 @@ def open_hf(folder: Path, hints: Hints) -> Source:
     store = SafetensorFiles(sharded_files(folder))
     values = json.loads((folder / "config.json").read_bytes())
     if values["model_type"] == "cocomix":
-        hints = replace(hints, insertion_layer=values.get("insertion_layer"), num_kept=values.get("num_kept"))
-        return open_hf_named("Hugging Face CoCoMix", folder, store, shape, hints)
+        said = {field.name: values[field.name] for field in fields(Concepts) if field.name in values}
+        if lacking := {"insertion_layer", "num_concepts", "num_kept"} - said.keys():
+            raise UserError(f"{folder}/config.json lacks {' '.join(sorted(lacking))}.")
+        return open_hf_named("Hugging Face CoCoMix", folder, store, shape, hints, Concepts(**said))
     return open_hf_named("Hugging Face GPT-2", folder, store, shape, _with_published_config(folder, hints))
 
 

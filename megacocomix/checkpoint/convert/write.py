@@ -50,6 +50,11 @@ def write_reference(source: Source, out: Path) -> Difference:
     shape, concepts = source.shape, source.concepts
     if concepts is None:
         raise UserError(f"{source.path} has no concept module; the published code reads it as Hugging Face's: --to hf.")
+    if not concepts.is_published:
+        raise UserError(
+            f"{source.path} has predict {concepts.predict}, mix {concepts.mix}, placement {concepts.placement}, "
+            f"interleave_every {concepts.interleave_every}, which the published code has not: --to hf."
+        )
     # As save_pretrained leaves it: GPT-2's own settings, and nothing about concepts.
     config = {
         "architectures": ["GPT2CoCoMixLMHeadModel"],

@@ -1,0 +1,40 @@
+"""YAML as people mean it: `1e-4` is a number, and a key given twice is an error."""
+
+import re
+from typing import Any
+
+import yaml
+
+from megacocomix.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UserError(f"{key_node.start_mark.name}:{key_node.start_mark.line + 1}: {key} is given twice.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse YAML with the rules of `_Loader`; `name` is said in errors. Raises UserError on malformed text."""
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        return loader.get_single_data()
+    except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from None
