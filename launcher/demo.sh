@@ -20,4 +20,4 @@ say "4/5 evaluating both on all held-out text"
 python tools/evaluate.py "$out/cocomix"
 python tools/evaluate.py "$out/ntp"
 say "5/5 comparing"
-python tools/compare_runs.py "$out/cocomix" "$out/ntp" --out "$out" --force
+python tools/compare_runs.py "$out/ntp" "$out/cocomix" --out "$out" --force

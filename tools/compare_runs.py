@@ -1,4 +1,4 @@
-"""Compare runs: one page of sentences, tables and plots, at equal tokens, FLOPs and seconds."""
+"""Compare any number of runs: one page of tables, sentences and plots, at equal tokens, FLOPs and seconds."""
 
 import argparse
 import shlex
@@ -9,45 +9,71 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from megacocomix.errors import run_cli
-from megacocomix.evaluation.curves import read_runs
-from megacocomix.evaluation.plots import PLOTS
-from megacocomix.evaluation.report import cautions, results_table, write_report
+from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, UserError, run_cli
+from megacocomix.evaluation import identical
+from megacocomix.evaluation.cautions import cautions
+from megacocomix.evaluation.groups import read_groups
+from megacocomix.evaluation.plots import FEW
+from megacocomix.evaluation.report import results_table, write_report
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   python tools/compare_runs.py runs/69m-ntp runs/69m-cocomix --out runs/comparison
+  python tools/compare_runs.py runs/ntp-s1 runs/ntp-s2 runs/cocomix-s1 runs/cocomix-s2 --out runs/comparison
+  python tools/compare_runs.py runs/before runs/after --identical
 
-The first run is the one that the others are compared with. Runs validated on different data are refused."""
+Runs that differ in nothing but training.seed are one group: mean and spread. The first group is the one that the others
+are compared with. Runs validated on different data are refused. --identical exits with 0 where two runs are the same to
+the bit, and with 1 where they differ."""
 
 
-def main() -> None:
-    """Read the runs, write the page, show the results and where to look."""
+def main() -> int:
+    """Read the runs, write the page, show the results and where to look; or answer whether two are the same."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder with config.yaml and metrics.jsonl")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.md and plots/")
-    parser.add_argument("--force", action="store_true", help="replace the report.md and plots that --out holds")
+    parser.add_argument("--out", metavar="DIR", help="folder for comparison.md and plots/")
+    parser.add_argument("--force", action="store_true", help="replace the comparison.md and plots that --out holds")
+    parser.add_argument("--identical", action="store_true", help="say whether two runs are the same to the bit")
     args = parser.parse_args()
 
-    runs = read_runs(args.runs)
-    report = write_report(runs, args.out, shlex.join(["python", "tools/compare_runs.py", *sys.argv[1:]]), args.force)
+    if args.identical:
+        if len(args.runs) != 2 or args.out:
+            raise UserError("--identical compares two runs and writes nothing: give two run folders and no --out.")
+        answer = identical.compare(*args.runs)
+        print(f"{answer.text}.")
+        return EXIT_FINISHED if answer.identical else EXIT_FAILED
+    if not args.out:
+        raise UserError("give --out DIR for the page and its plots, or --identical for an answer without them.")
+
+    groups = read_groups(args.runs)
+    command = shlex.join(["python", "tools/compare_runs.py", *sys.argv[1:]])
+    page = write_report(groups, args.out, command, args.force)
 
     console = Console(soft_wrap=True, highlight=False)
-    head, rows = results_table(runs)
-    # A run a column: two or three of them fit a terminal, the results in a line do not.
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate((head[0], *(row[0] for row in rows))):
-        shown.add_column(name, justify="right" if index else "left", overflow="fold")
-    for line in list(zip(head, *rows, strict=True))[1:]:
-        shown.add_row(*line)
-    console.print(shown)
-    for caution in cautions(runs):
+    console.print(terminal_table(*results_table(groups)))
+    for caution in cautions(groups):
         console.print(f"careful: {caution.replace('**', '')}", style="yellow", markup=False)
-    for path in (report, *(report.parent / "plots" / name for name in PLOTS.values())):
+    for path in (page, *sorted((page.parent / "plots").glob("*.png"))):
         console.print(str(path), markup=False)
+    return EXIT_FINISHED
+
+
+def terminal_table(head: list[str], rows: list[list[str]]) -> Table:
+    """The results: a few runs a column each, which fits a terminal where a line of all results does not; of many the
+    losses alone."""
+    lines = list(zip(*[head, *rows], strict=True))
+    if len(rows) > FEW:
+        lines = list(zip(*[line for line in lines if line[0] in ("run", "seeds") or "loss" in line[0]], strict=True))
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, name in enumerate(lines[0]):
+        shown.add_column(escape(name), justify="right" if index else "left", overflow="fold")
+    for line in lines[1:]:
+        shown.add_row(*map(escape, line))
+    return shown
 
 
 if __name__ == "__main__":

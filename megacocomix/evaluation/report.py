@@ -1,246 +1,231 @@
-"""One page about two or more runs: report.md with its tables and sentences, and three plots.
+"""One page about any number of runs: comparison.md with its tables and sentences, and plots.
 
-The first run is the one the others are compared with. Every sentence is made from the numbers beside it and
-says no more than they do: which run is lower, at equal what, by how much, and whether that means anything.
+Runs that differ in nothing but the seed are one group, and the first group is what the others are compared with.
 """
 
 import math
 import shlex
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 
 from megacocomix.errors import UserError
-from megacocomix.evaluation import curves
-from megacocomix.evaluation.curves import AXES, EqualX, Noise, Run, Start
-from megacocomix.evaluation.plots import PLOTS, X_LABELS, amount, plot
+from megacocomix.evaluation import curves, identical
+from megacocomix.evaluation.cautions import cautions
+from megacocomix.evaluation.curves import AXES, Noise
+from megacocomix.evaluation.figure6 import plot_figure_6
+from megacocomix.evaluation.groups import SEED, Group, Spread, differing_settings
+from megacocomix.evaluation.plots import FEW, MOST_NATS, PLOTS, X_LABELS, amount, plot, plot_axes, save, shows_training
+from megacocomix.evaluation.table import table_1
+from megacocomix.evaluation.words import equal_cell, match_cell, noise_words, pair_words
 
-LEVEL = 5e-4
-"""Differences that three decimals do not show are called level."""
+PAGE = "comparison.md"
+FIGURE_6 = "figure6"
+NOTE = (
+    "Compared at the largest x that both runs reached, in the validation during training unless something else is "
+    "said, interpolated linearly between its points. A run in the middle of its learning-rate schedule usually has a "
+    "higher loss than one planned to end there. The CoCoMix paper compares at equal tokens; what the concepts cost "
+    "shows at equal FLOPs and seconds."
+)
+MATCH_NOTE = (
+    "What a run had spent when its validation first reached the final validation loss of another, as a part of what "
+    "that other had spent in all (the paper's 21.5 % fewer tokens are 78.5 % here). Linearly interpolated between "
+    "validations, and not extrapolated."
+)
+SEEDS_NOTE = (
+    "Of repeated runs it is the mean curve that is asked; ± is the standard deviation of the same question asked of "
+    "each run, against the run of the same seed where there is one."
+)
+TABLE_NOTE = (
+    "Accuracies in per cent. Of repeated runs mean ± standard deviation over the seeds; of one run ± the harness's "
+    "standard error, which is about the task's sample and not about the seed."
+)
+PLOT_NOTE = "Points and lines: validation during training, perplexity on a log axis. Each picture is there as SVG too."
+AGAINST_NOTE = "On the right at the same x, as far as the run that is compared with has points."
+BAND_NOTE = "Of repeated runs the line is the mean loss, the band reaches from the best seed to the worst."
+TRAINING_NOTE = "Faint lines: training loss, smoothed."
 
 
-def write_report(runs: list[Run], out: str | Path, command: str, force: bool = False) -> Path:
-    """Write out/report.md and out/plots/*.png. Raises UserError if `out` holds a report and not `force`."""
+def write_report(groups: list[Group], out: str | Path, command: str, force: bool = False) -> Path:
+    """Write out/comparison.md and out/plots/. Raises UserError if `out` holds a comparison and not `force`."""
     out = Path(out)
-    report = out / "report.md"
+    page = out / PAGE
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder.")
-    if report.exists() and not force:
-        raise UserError(f"--out {out} holds a report; name another folder, or add --force to replace it.")
+    if page.exists() and not force:
+        raise UserError(f"--out {out} holds a comparison; name another folder, or add --force to replace it.")
     (out / "plots").mkdir(parents=True, exist_ok=True)
-    text = compose(runs, command)  # before the plots: what cannot be compared leaves an older report whole
-    for axis, name in PLOTS.items():
-        plot(runs, axis).savefig(out / "plots" / name, dpi=150)
-    report.write_text(text)
-    return report
+    figure, said = plot_figure_6(groups)
+    text = compose(groups, command, said)  # before the plots: what cannot be compared leaves an older page whole
+    if figure:
+        save(figure, out / "plots" / FIGURE_6)
+    for axis in plot_axes(groups):
+        save(plot(groups, axis), out / "plots" / PLOTS[axis])
+    page.write_text(text)
+    return page
 
 
-def compose(runs: list[Run], command: str) -> str:
-    """The text of report.md."""
-    noise = curves.noise(runs)
-    warned = cautions(runs)
-    parts = [f"# {' · '.join(run.name for run in runs)}"]
+def compose(groups: list[Group], command: str, figure_6: str = "") -> str:
+    """The text of comparison.md; `figure_6` is what is said under that figure, if it is there."""
+    noise = curves.noise(groups)
+    names = [group.name for group in groups]
+    title = " · ".join(names) if len(groups) <= FEW else f"{len(groups)} methods, compared with {names[0]}"
+    head, rows, against = table_1(groups)
+    warned = [*cautions(groups), *against]
+    parts = [f"# {title}"]
     parts += ["## Before reading on", bullets(warned)] if warned else []
-    parts += ["## What was run", table(*_runs_table(runs)), "## Results", table(*results_table(runs))]
-    said = [sentence for run in runs[1:] for sentence in words(run, runs[0], noise)]
-    parts += ["## In words", bullets([*said, noise_words(runs, noise)]), NOTE, "## Curves", PLOT_NOTE]
-    parts += [f"![validation loss over {X_LABELS[axis]}](plots/{name})" for axis, name in PLOTS.items()]
-    parts += ["## Settings that differ", _settings_section(runs), "## Commands", _commands(runs, command)]
+    parts += ["## What was run", table(*_runs_table(groups)), "## Results", table(*results_table(groups))]
+    parts += _differences(groups, noise)
+    if len(groups) > 1:
+        parts += ["## To match a final loss", MATCH_NOTE + (f" {SEEDS_NOTE}" if _repeated(groups) else "")]
+        parts += [table(*match_table(groups))]
+    parts += ["## In the form of the paper's Table 1", table(head, rows)]
+    parts += [TABLE_NOTE] if len(head) > 3 else []
+    notes = [
+        PLOT_NOTE,
+        AGAINST_NOTE if len(groups) > FEW else "",
+        BAND_NOTE if _repeated(groups) else "",
+        TRAINING_NOTE if shows_training(groups) else "",
+    ]
+    parts += ["## Curves", " ".join(filter(None, notes))]
+    parts += [f"![perplexity over {X_LABELS[axis]}](plots/{PLOTS[axis]}.png)" for axis in plot_axes(groups)]
+    if figure_6:
+        parts += ["## The paper's Figure 6", f"![panels of Figure 6](plots/{FIGURE_6}.png)", figure_6]
+    parts += ["## Settings that differ", _settings_section(groups), "## Commands", _commands(groups, command)]
     return "\n\n".join(parts) + "\n"
 
 
-NOTE = (
-    "Compared at the largest x that both runs reached, in the validation during training unless a sentence says "
-    "otherwise, interpolated linearly between its points. A run in the middle of its learning-rate schedule usually "
-    "has a higher loss than one planned to end there. The CoCoMix paper compares at equal tokens; what the concepts "
-    "cost shows at equal FLOPs and seconds."
-)
-PLOT_NOTE = (
-    "Points and lines: validation during training. Faint lines: training loss, smoothed. Dashed, where a live teacher "
-    "labelled: the student's FLOPs alone."
-)
-
-
-def words(run: Run, other: Run, noise: Noise) -> list[str]:
-    """What the numbers say about one pair, a sentence or two for each thing that can be held equal."""
-    axes = [axis for axis in AXES if axis != "total_flops" or run.final.teacher_flops or other.final.teacher_flops]
-    said = []
-    for axis in axes:
-        full = curves.equal_end(run, other) if axis == "tokens" else None
-        said.append(equal_words(run, other, axis, full or curves.equal_x(run, other, axis), noise))
-    costs = [_match_words(run, other, axes), _match_words(other, run, axes), _cost_words(run, other)]
-    return said + [sentence for sentence in costs if sentence]
-
-
-def equal_words(run: Run, other: Run, axis: str, equal: EqualX | None, noise: Noise) -> str:
-    """Which of two runs is lower at equal x, by how much, and what stands against reading that as it is."""
-    if equal is None:
-        return f"At equal {AXES[axis]}: the validation points of {run.name} and {other.name} share no stretch."
-    where = f"At equal {AXES[axis]} ({amount(axis, equal.x)})"
-    if equal.windows:
-        where += f", over all {equal.windows:,} held-out windows,"
-    elif axis == "tokens":
-        where += ", in the validation during training,"
-    if not math.isfinite(equal.difference):
-        lost = [r.name for r, loss in zip((run, other), equal.losses, strict=True) if not math.isfinite(loss)]
-        return f"{where} the loss of {' and of '.join(lost)} is not a finite number: nothing to compare."
-    size = abs(equal.difference)
-    if size < LEVEL:
-        level = f"level to three decimals ({equal.losses[0]:.3f} nats)"
-        text = f"{where} **{run.name}** and **{other.name}** are {level}."
-    else:
-        low, high = (run, other) if equal.difference < 0 else (other, run)
-        numbers = f"{min(equal.losses):.3f} against {max(equal.losses):.3f}"
-        ratio = f"perplexity {100 * -math.expm1(-size):.1f} % lower"
-        text = f"{where} **{low.name}** is lower than **{high.name}** by {size:.3f} nats ({numbers}; {ratio})."
-        if noise.size is not None and size < noise.size:
-            text += f" That is less than {noise.size:.3f}: do not read it as real."
-    if abs(equal.progress[0] - equal.progress[1]) > 0.05:
-        mine, its = (f"{100 * part:.0f} %" for part in equal.progress)
-        text += f" There {run.name} was at {mine} of its schedule and {other.name} at {its}."
-    return text
-
-
-def noise_words(runs: list[Run], noise: Noise) -> str:
-    """From where on a difference means anything, as far as these runs can tell."""
-    seeds = "Some runs differ in nothing but the seed" if noise.seeds is not None else "One seed per run"
-    if noise.size is None:
-        return f"{seeds} and too few validations: these runs cannot tell how large a difference chance alone makes."
-    unread = f"differences below {noise.size:.3f} nats should not be read as real"
-    scatter = "twice the scatter of the validation during training"
-    if noise.seeds is not None:
-        return f"{seeds}; they are up to {noise.seeds:.3f} nats apart: {unread} (that, or {scatter} if larger)."
-    return f"{seeds}: {unread} ({scatter}). How far another seed moves a run is not measured and may be more."
-
-
-def cautions(runs: list[Run]) -> list[str]:
-    """What makes these runs less than a clean comparison, loudest first."""
-
-    def differ(name: str) -> str | None:
-        values = [run.setting(name) for run in runs]
-        return _listing(runs, values) if len(set(map(str, values))) > 1 else None
-
-    said = []
-    if runs[0].setting("data.valid") is None:
-        said.append("**The configs do not name data.valid: nothing shows that the losses are on the same text.**")
-    for name, why in (
-        (
-            "model.vocab_size",
-            "the softmax is over different alternatives, so losses differ for that reason too",
-        ),
-        ("model.context", "a longer window alone lowers the loss"),
-        ("data.train", "they learned from different text, not only by different methods"),
-        ("data.tokenizer", "a loss per token depends on what a token is"),
-    ):
-        if listing := differ(name):
-            said.append(f"**Different {name}** ({listing}): {why}.")
-    sequences = [run.setting("evaluation.batches", 0) * run.setting("training.global_batch", 0) for run in runs]
-    if len(set(sequences)) > 1:
-        said.append(f"**Validated on different numbers of sequences** ({_listing(runs, sequences)}).")
-    if len({run.evaluation.fingerprint for run in runs if run.evaluation}) > 1:
-        said.append("**The held-out evaluations are on different text**: their data fingerprints differ.")
-    for run in runs:
-        steps = run.setting("training.steps")
-        if steps and run.final.step < steps:
-            said.append(f"{run.name} was validated last at step {run.final.step:,} of {steps:,}: not a finished run.")
-        if run.setting("teacher.labels", "live") != "live":
-            said.append(f"{run.name} read its labels from a cache: the FLOPs of making that cache are not counted.")
-    speed = ("parallel.tensor", "parallel.pipeline", "parallel.zero", "training.precision", "training.recompute")
-    if different := [name for name in (*speed, "training.micro_batch") if differ(name)]:
-        said.append(f"Seconds are not like for like: {', '.join(different)} differ.")
-    machines = {run.name: list(dict.fromkeys(_machine(start) for start in run.starts)) for run in runs if run.starts}
-    if len({machine for used in machines.values() for machine in used}) > 1:
-        listing = ", ".join(f"{name}: {', then '.join(used)}" for name, used in machines.items())
-        said.append(f"**Seconds are not comparable**: the runs were not on the same hardware ({listing}).")
-    return said
-
-
-def results_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the results, for report.md and for the terminal."""
+def results_table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the results, for the page and for the terminal."""
     head = ["run", "validation loss / ppl", "tokens", "student FLOPs", "teacher FLOPs", "seconds", "tokens/s"]
     rows = []
-    for run in runs:
-        end = run.final
+    for group in groups:
+        end = group.final
         rate = amount("tokens", end.tokens / end.seconds) if end.seconds > 0 else "–"
         flops = [amount("flops", end.flops), amount("flops", end.teacher_flops) if end.teacher_flops else "0"]
         spent = amount("seconds", end.seconds)
-        rows.append([run.name, _loss(end.loss), amount("tokens", end.tokens), *flops, spent, rate])
-    windows = {run.evaluation.windows for run in runs if run.evaluation}
+        rows.append(
+            [group.name, _loss([p.loss for p in group.at_end]), amount("tokens", end.tokens), *flops, spent, rate]
+        )
+    windows = {run.evaluation.windows for group in groups for run in group.runs if run.evaluation}
     if windows:
         head.insert(2, f"held-out loss / ppl (all {' or '.join(f'{n:,}' for n in sorted(windows))} windows)")
-        for run, row in zip(runs, rows, strict=True):
-            row.insert(2, _held_out(run, say_windows=len(windows) > 1))
+        for group, row in zip(groups, rows, strict=True):
+            row.insert(2, _held_out(group, say_windows=len(windows) > 1))
+    if _repeated(groups):
+        head.insert(1, "seeds")
+        for group, row in zip(groups, rows, strict=True):
+            row.insert(1, str(len(group.runs)) if len(group.runs) > 1 else "one seed")
     return head, rows
 
 
-def _held_out(run: Run, say_windows: bool) -> str:
-    full = run.evaluation
-    if full is None:
+def match_table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
+    """What the others needed to reach the first one's final loss, then what it needed to reach theirs."""
+    axes = _axes(groups)
+    first, *others = groups
+    rows = []
+    for group, other in [*((group, first) for group in others), *((first, group) for group in others)]:
+        cells = [match_cell(curves.x_to_match(group, other, axis)) for axis in axes]
+        rows.append([group.name, f"{other.name} ({other.final.loss:.3f})", *cells])
+    return ["run", "reaches the final loss of", *(AXES[axis] for axis in axes)], rows
+
+
+def _differences(groups: list[Group], noise: Noise) -> list[str]:
+    """How the others compare with the first: of two in sentences, of more in a table."""
+    first, *others = groups
+    axes = _axes(groups)
+    same = [f"**{a}** and **{b}** are {text}." for a, b, text in _identical(groups)]
+    if len(others) < 2:
+        said = [sentence for group in others for sentence in pair_words(group, first, axes, noise)]
+        return ["## In words", bullets([*said, noise_words(groups, noise), *same]), *([NOTE] if others else [])]
+    rows = []
+    for group in others:
+        size = noise.size(group, first)
+        rows.append([group.name, *(equal_cell(curves.equal_x(group, first, axis), size) for axis in axes)])
+    head = ["run", *(f"at equal {AXES[axis]}" for axis in axes)]
+    about = (
+        f"Validation loss less that of **{first.name}**, in nats (and in per cent of perplexity); below 0 is better."
+    )
+    bold = " Bold is more than the noise that is said below." if noise.size(first, first) is not None else ""
+    said = bullets([noise_words(groups, noise), *same])
+    return [f"## Compared with {first.name}", about + bold, table(head, rows), said, NOTE]
+
+
+def _identical(groups: list[Group]) -> Iterable[tuple[str, str, str]]:
+    """Pairs of runs that are the same to the bit. Only runs that ended alike are looked at closely."""
+    runs = [run for group in groups for run in group.runs]
+    for a, b in combinations(runs, 2):
+        with suppress(UserError):  # a checkpoint that cannot be read claims nothing
+            if a.final.loss == b.final.loss and (answer := identical.compare(a.folder, b.folder)).identical:
+                yield a.name, b.name, answer.text
+
+
+def _axes(groups: list[Group]) -> list[str]:
+    return [axis for axis in AXES if axis in plot_axes(groups)]
+
+
+def _repeated(groups: list[Group]) -> bool:
+    return any(len(group.runs) > 1 for group in groups)
+
+
+def _held_out(group: Group, say_windows: bool) -> str:
+    found = [run.evaluation for run in group.runs if run.evaluation]
+    if not found:
         return "–"
-    at = f" at step {full.step:,}" if full.step != run.final.step else ""
-    return _loss(full.loss) + at + (f", {full.windows:,} windows" if say_windows else "")
+    full = found if group.evaluations else found[:1]
+    at = "" if full[0].step == group.final.step else f" at step {full[0].step:,}"
+    some = "" if len(full) == len(group.runs) else f", {group.runs[0].name} alone"
+    return _loss([one.loss for one in full]) + at + (f", {full[0].windows:,} windows" if say_windows else "") + some
 
 
-def _runs_table(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+def _runs_table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
     columns = {
-        "method": lambda run: run.setting("method.name"),
-        "layers × width": lambda run: "{} × {}".format(
-            run.setting("model.num_layers", "–"), run.setting("model.hidden_size", "–")
+        "method": lambda group: group.setting("method.name"),
+        "layers × width": lambda group: "{} × {}".format(
+            group.setting("model.num_layers", "–"), group.setting("model.hidden_size", "–")
         ),
-        "context": lambda run: run.setting("model.context"),
-        "batch": lambda run: run.setting("training.global_batch"),
-        "steps": lambda run: f"{run.final.step:,}",
-        "seed": lambda run: run.setting("training.seed"),
-        "processes × device": lambda run: _machine(run.starts[-1]) if run.starts else None,
+        "context": lambda group: group.setting("model.context"),
+        "batch": lambda group: group.setting("training.global_batch"),
+        "steps": lambda group: f"{group.final.step:,}",
+        "seed": lambda group: ", ".join(_cell(seed) for seed in group.seeds),
+        "processes × device": lambda group: ", ".join(
+            dict.fromkeys(str(run.starts[-1]) for run in group.runs if run.starts)
+        ),
     }
-    return ["run", *columns], [[run.name, *(_cell(of(run)) for of in columns.values())] for run in runs]
+    return ["run", *columns], [[group.name, *(_cell(of(group)) for of in columns.values())] for group in groups]
 
 
-def _match_words(run: Run, other: Run, axes: list[str]) -> str | None:
-    matches = [curves.x_to_match(run, other, axis) for axis in axes]
-    parts = [f"{match.factor:.2f} × its {AXES[match.axis]}" for match in matches if match.factor is not None]
-    if not parts:
-        return None
-    return (
-        f"**{run.name}** reaches the final loss of **{other.name}** ({other.final.loss:.3f}) with {', '.join(parts)}."
-    )
-
-
-def _cost_words(run: Run, other: Run) -> str | None:
-    if min(run.final.flops, other.final.flops, run.final.tokens, other.final.tokens) <= 0:
-        return None
-    student, total = (
-        (getattr(run.final, kind) / run.final.tokens) / (getattr(other.final, kind) / other.final.tokens)
-        for kind in ("flops", "total_flops")
-    )
-    if max(abs(student - 1), abs(total - 1)) < 0.005:
-        return None
-    teacher = f" ({total:.2f} × with the teacher counted)" if abs(total - student) > 1e-3 * student else ""
-    return f"A token costs **{run.name}** {student:.2f} × the student FLOPs of **{other.name}**{teacher}."
-
-
-def _settings_section(runs: list[Run]) -> str:
-    different = curves.differing_settings(runs)
+def _settings_section(groups: list[Group]) -> str:
+    different = differing_settings(groups)
+    if _repeated(groups):  # their seeds are in the first table
+        different.pop(SEED, None)
     if not different:
         return "None."
-    rows = [[f"`{key}`", *map(_cell, values)] for key, values in different.items()]
-    return table(["setting", *(run.name for run in runs)], rows)
+    if len(groups) <= FEW:
+        rows = [[f"`{key}`", *map(_cell, values)] for key, values in different.items()]
+        return table(["setting", *(group.name for group in groups)], rows)
+    given = {key: {str(value) for value in values if value is not None} for key, values in different.items()}
+    shared = " ".join(f"`{key}={next(iter(values))}`" for key, values in given.items() if len(values) == 1)
+    own = {key: different[key] for key, values in given.items() if len(values) > 1}
+    rows = [[group.name, *(_cell(values[index]) for values in own.values())] for index, group in enumerate(groups)]
+    said = [table(["run", *(f"`{key}`" for key in own)], rows)] if own else []
+    return "\n\n".join([*said, f"The same in all runs that have a use for it: {shared}."] if shared else said)
 
 
-def _commands(runs: list[Run], command: str) -> str:
+def _commands(groups: list[Group], command: str) -> str:
     lines = []
-    for run in runs:
+    for group in groups:
+        run, *others = group.runs
+        like = f"; {', '.join(other.name for other in others)} the same with other seeds" if others else ""
         if run.starts:
             last = run.starts[-1]
-            lines += [f"# {run.name}, as each of its processes ({_machine(last)}) was started last", last.command]
+            lines += [f"# {run.name}, as each of its processes ({last}) was started last{like}", last.command]
         else:
             config = shlex.quote(str(run.folder / "config.yaml"))
-            lines += [f"# {run.name} again, from its resolved config"]
+            lines += [f"# {run.name} again, from its resolved config{like}"]
             lines += [f"deepspeed launcher/pretrain.py --config {config} run=FOLDER"]
     return "\n".join(["```sh", *lines, "# this page", command, "```"])
-
-
-def _machine(start: Start) -> str:
-    return f"{start.world} × {start.device}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -255,15 +240,13 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def _cell(value: object) -> str:
-    return "–" if value is None else str(value)
+    return "–" if value is None or value == "" else str(value)
 
 
-def _listing(runs: list[Run], values: list) -> str:
-    return ", ".join(f"{run.name}: {value}" for run, value in zip(runs, values, strict=True))
-
-
-def _loss(loss: float) -> str:
-    try:
-        return f"{loss:.4f} / {math.exp(loss):.2f}"
-    except OverflowError:
-        return f"{loss:.4g} / inf"
+def _loss(losses: list[float]) -> str:
+    """Mean loss, over seeds ± its standard deviation, and the perplexity of the mean."""
+    spread = Spread.of(losses)
+    mean = spread.mean
+    if not abs(mean) < MOST_NATS:
+        return f"{mean:.4g} / {'nan' if math.isnan(mean) else 'inf'}"
+    return f"{spread.text('{:.4f}'.format)} / {math.exp(mean):.2f}"

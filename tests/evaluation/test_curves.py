@@ -1,57 +1,12 @@
-import json
 import math
 
 import pytest
-import yaml
+from run_folders import valid_line, write_evaluation, write_run, write_seeds
 
 from megacocomix.errors import UserError
-from megacocomix.evaluation.curves import (
-    AXES,
-    differing_settings,
-    equal_end,
-    equal_x,
-    noise,
-    read_run,
-    read_runs,
-    x_to_match,
-)
-
-
-def config(**changes):
-    """A resolved config; `section__key=value` changes one setting."""
-    values = {
-        "model": {"num_layers": 2, "hidden_size": 64, "context": 16, "vocab_size": 512},
-        "method": {"name": "ntp"},
-        "data": {"train": "shards/train", "valid": "shards/valid", "tokenizer": "gpt2"},
-        "training": {"steps": 40, "global_batch": 4, "seed": 22},
-    }
-    for name, value in changes.items():
-        section, key = name.split("__")
-        values.setdefault(section, {})[key] = value
-    return values
-
-
-def valid_line(step, loss, cost=2.0, teacher=0.0):
-    """A validation line of a run that spends `cost` FLOPs a token on the student and takes a second for 10 of them."""
-    tokens = 100 * step
-    spent = {"flops": cost * tokens, "teacher_flops": teacher * tokens, "seconds": cost * tokens / 10}
-    return {"step": step, "tokens": tokens, **spent, "valid_loss": loss, "valid_ppl": math.exp(loss)}
-
-
-def write_run(folder, lines, **changes):
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"run": str(folder), **config(**changes)}))
-    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-    (folder / "metrics.jsonl").write_text(text)
-    return folder
-
-
-def write_evaluation(folder, step, loss, **changes):
-    """RUN/evals/NAME.json as tools/evaluate.py writes it."""
-    values = {"data": "shards/valid", "data_fingerprint": "f1", "context": 16, "num_sequences": 100}
-    values |= {"step": step, "valid_loss": loss, "valid_ppl": 1.0} | changes
-    (folder / "evals").mkdir(exist_ok=True)
-    (folder / "evals" / f"{len(list((folder / 'evals').iterdir()))}.json").write_text(json.dumps(values))
+from megacocomix.evaluation.curves import AXES, equal_end, equal_x, noise, x_to_match
+from megacocomix.evaluation.groups import read_groups
+from megacocomix.evaluation.runs import read_run
 
 
 @pytest.fixture
@@ -59,7 +14,7 @@ def pair(tmp_path):
     """A control at 4.0 after 4000 tokens; a run at 3.5, for twice the student FLOPs and a teacher of half that."""
     control = write_run(tmp_path / "control", [valid_line(s, 8 - s / 10) for s in (0, 10, 20, 30, 40)])
     lines = [valid_line(0, 8.0, 4.0, 2.0), valid_line(20, 5.5, 4.0, 2.0), valid_line(40, 3.5, 4.0, 2.0)]
-    return read_runs([write_run(tmp_path / "concepts", lines, method__name="cocomix"), control])
+    return read_groups([write_run(tmp_path / "concepts", lines, method__name="cocomix"), control])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +51,7 @@ def test_x_to_match_is_where_the_line_crosses_the_others_final_loss(pair):
 def test_x_to_match_takes_the_first_crossing(tmp_path):
     bumpy = write_run(tmp_path / "bumpy", [valid_line(s, y) for s, y in ((10, 6), (20, 4), (30, 6), (40, 3))])
     level = write_run(tmp_path / "level", [valid_line(40, 5.0)])
-    assert x_to_match(*read_runs([bumpy, level]), "tokens").x == 1500
+    assert x_to_match(*read_groups([bumpy, level]), "tokens").x == 1500
 
 
 def test_a_loss_never_reached_has_no_match(pair):
@@ -108,7 +63,7 @@ def test_a_loss_never_reached_has_no_match(pair):
 def test_runs_without_a_common_stretch_are_not_extrapolated(tmp_path):
     early = write_run(tmp_path / "early", [valid_line(10, 6.0), valid_line(20, 5.0)])
     late = write_run(tmp_path / "late", [valid_line(30, 4.0), valid_line(40, 3.0)])
-    assert equal_x(*read_runs([early, late]), "tokens") is None
+    assert equal_x(*read_groups([early, late]), "tokens") is None
 
 
 def test_the_last_line_of_a_repeated_step_wins(tmp_path):
@@ -140,16 +95,15 @@ def test_lines_of_other_kinds_and_absent_costs_do_no_harm(tmp_path):
 
 def test_x_that_runs_backwards_is_refused(tmp_path):
     lines = [valid_line(10, 5.0), {**valid_line(20, 4.0), "seconds": 1.0}]
-    run = read_run(write_run(tmp_path / "run", lines))
     with pytest.raises(UserError, match="seconds is lower at step 20"):
-        run.curve("seconds")
+        read_run(write_run(tmp_path / "run", lines))
 
 
 def test_folders_that_are_no_runs_are_refused_all_at_once(tmp_path):
     (tmp_path / "empty").mkdir()
     silent = write_run(tmp_path / "silent", [{"step": 1, "tokens": 1, "loss": 9.0}])
     with pytest.raises(UserError) as caught:
-        read_runs([tmp_path / "empty", silent])
+        read_groups([tmp_path / "empty", silent])
     assert [line.split(" ", 1)[1] for line in caught.value.problems] == [
         "is not a run folder: it has no config.yaml and no metrics.jsonl.",
         "has no validation line: there is no valid_loss to compare.",
@@ -159,16 +113,9 @@ def test_folders_that_are_no_runs_are_refused_all_at_once(tmp_path):
 def test_one_run_or_the_same_run_twice_is_refused(tmp_path):
     folder = write_run(tmp_path / "run", [valid_line(10, 5.0)])
     with pytest.raises(UserError, match="two or more"):
-        read_runs([folder])
+        read_groups([folder])
     with pytest.raises(UserError, match="twice"):
-        read_runs([folder, folder / ".." / "run"])
-
-
-def test_different_validation_data_is_refused(tmp_path):
-    one = write_run(tmp_path / "one", [valid_line(10, 5.0)])
-    two = write_run(tmp_path / "two", [valid_line(10, 5.0)], data__valid="elsewhere/valid")
-    with pytest.raises(UserError, match=r"data\.valid is shards/valid \(one\), elsewhere/valid \(two\)"):
-        read_runs([one, two])
+        read_groups([folder, folder / ".." / "run"])
 
 
 def test_two_spellings_of_one_validation_folder_are_the_same_data(tmp_path):
@@ -176,20 +123,13 @@ def test_two_spellings_of_one_validation_folder_are_the_same_data(tmp_path):
     lines = [valid_line(10, 5.0)]
     one = write_run(tmp_path / "one", lines, data__valid=str(tmp_path / "valid"))
     two = write_run(tmp_path / "two", lines, data__valid=str(tmp_path / "one" / ".." / "valid"))
-    assert len(read_runs([one, two])) == 2
+    assert len(read_groups([one, two])) == 2
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
     lines = [valid_line(10, 5.0)]
     folders = [write_run(tmp_path / parent / "run", lines) for parent in ("first", "second")]
-    assert [run.name for run in read_runs(folders)] == ["first/run", "second/run"]
-
-
-def test_settings_that_a_next_token_run_does_not_use_are_no_difference(tmp_path):
-    lines = [valid_line(10, 5.0)]
-    one = write_run(tmp_path / "one", lines, method__num_kept=32, teacher__model="gpt2")
-    two = write_run(tmp_path / "two", lines, model__hidden_size=80)
-    assert differing_settings(read_runs([one, two])) == {"model.hidden_size": [64, 80]}
+    assert [run.name for run in read_groups(folders)] == ["first/run", "second/run"]
 
 
 def test_scatter_measures_noise_and_not_the_bend_of_a_curve(tmp_path):
@@ -197,18 +137,39 @@ def test_scatter_measures_noise_and_not_the_bend_of_a_curve(tmp_path):
     smooth = write_run(tmp_path / "smooth", [valid_line(s, 3 + 1e-4 * (s - 50) ** 2) for s in steps])
     jagged = write_run(tmp_path / "jagged", [valid_line(s, 3 + 0.01 * (-1) ** s) for s in steps], training__steps=9)
     short = write_run(tmp_path / "short", [valid_line(s, 3.0) for s in (10, 20)], training__steps=8)
-    runs = read_runs([smooth, jagged, short])
-    assert noise([runs[0], runs[2]]).size == pytest.approx(0, abs=1e-9)
-    assert noise(runs).scatter == pytest.approx(2 * math.sqrt(2) * 0.02 / math.sqrt(1.5), rel=0.05)
-    assert noise([runs[2], runs[2]]).size is None
+    smooth, jagged, short = read_groups([smooth, jagged, short])
+    assert noise([smooth, short]).size(smooth, short) == pytest.approx(0, abs=1e-9)
+    assert noise([smooth, jagged]).scatter == pytest.approx(2 * math.sqrt(2) * 0.02 / math.sqrt(1.5), rel=0.05)
+    assert noise([short, short]).size(short, short) is None
 
 
-def test_runs_that_differ_in_the_seed_alone_measure_noise(tmp_path):
-    folders = [
-        write_run(tmp_path / str(seed), [valid_line(10, 5.0), valid_line(20, loss)], training__seed=seed)
-        for seed, loss in ((1, 4.0), (2, 4.25), (3, 4.125))
-    ]
-    assert noise(read_runs(folders)).size == 0.25
+def test_seeds_measure_noise_by_students_t(tmp_path):
+    folders = write_seeds(tmp_path, "a", [4.0, 4.2, 4.4]) + write_seeds(tmp_path, "b", [3.0, 3.2], model__context=8)
+    a, b = read_groups(folders)
+    known = noise([a, b])
+    pooled = math.sqrt((2 * 0.2**2 + 1 * 0.02) / 3)
+    assert (known.seeds, known.freedom) == (pytest.approx(pooled), 3)
+    assert known.size(a, b) == pytest.approx(3.18 * pooled * math.sqrt(1 / 3 + 1 / 2))
+
+
+def test_to_match_is_asked_of_the_mean_and_over_pairs_of_the_same_seed(tmp_path):
+    # Each line falls by 1 from step 20 to 40. Seed 1 is 0.4 below its control, seed 2 0.2, so the means 0.3.
+    control = write_seeds(tmp_path, "control", [4.0, 4.1])
+    better = write_seeds(tmp_path, "better", [3.6, 3.9], model__hidden_size=80)
+    control, better = read_groups(control + better)
+    match = x_to_match(better, control, "tokens")
+    assert match.factor == pytest.approx(0.85)
+    assert (match.seeds.mean, match.seeds.n) == (pytest.approx((0.8 + 0.9) / 2), 2)
+    assert match.seeds.std == pytest.approx(0.1 / math.sqrt(2))
+    back = x_to_match(control, better, "tokens")
+    assert (back.factor, back.seeds, back.num_seeds) == (None, None, 2)
+
+
+def test_seeds_without_a_partner_are_asked_against_the_mean(tmp_path):
+    control = write_seeds(tmp_path, "control", [4.0])
+    better = write_seeds(tmp_path, "better", [3.6, 4.1], model__hidden_size=80)
+    match = x_to_match(*reversed(read_groups(control + better)), "tokens")
+    assert (match.seeds.mean, match.seeds.std, match.seeds.n, match.num_seeds) == (pytest.approx(0.8), None, 1, 2)
 
 
 def test_the_evaluation_of_the_highest_step_on_the_runs_own_data_counts(tmp_path, caplog):
@@ -224,15 +185,13 @@ def test_the_evaluation_of_the_highest_step_on_the_runs_own_data_counts(tmp_path
     assert caplog.text.count("is left out") == 2
 
 
-@pytest.mark.parametrize(
-    "changes", [{"step": 10}, {"num_sequences": 99}, {"context": 8}, {"data_fingerprint": "f2"}, {"data": "elsewhere"}]
-)
+@pytest.mark.parametrize("changes", [{"step": 10}, {"num_sequences": 99}, {"context": 8}, {"data": "elsewhere"}])
 def test_full_evaluations_are_compared_at_the_end_and_over_the_same_windows_alone(tmp_path, changes):
     one, two, odd = (write_run(tmp_path / name, [valid_line(20, 4.0)]) for name in ("one", "two", "odd"))
     write_evaluation(one, 20, 4.125)
     write_evaluation(two, 20, 4.0)
     write_evaluation(odd, **{"step": 20, "loss": 4.0} | changes)
-    one, two, odd = read_runs([one, two, odd])
+    one, two, odd = read_groups([one, two, odd])
     assert (equal_end(one, two).difference, equal_end(one, two).windows) == (0.125, 100)
     assert equal_end(one, odd) is None
 
@@ -241,7 +200,7 @@ def test_full_evaluations_after_different_numbers_of_tokens_are_not_at_equal_tok
     one, two = (write_run(tmp_path / str(step), [valid_line(step, 4.0)]) for step in (20, 30))
     write_evaluation(one, 20, 4.0)
     write_evaluation(two, 30, 4.0)
-    assert equal_end(*read_runs([one, two])) is None
+    assert equal_end(*read_groups([one, two])) is None
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"command": ["x"]}', '{"starts": [{"command": ["x"]}]}'])
@@ -256,7 +215,7 @@ def test_a_code_file_that_does_not_tell_of_starts_is_no_mistake(tmp_path, text):
 def test_a_loss_that_is_no_use_is_compared_without_a_traceback(tmp_path, loss):
     lines = [{**valid_line(s, 4.0), "valid_loss": loss if s > 20 else 4.0} for s in (10, 20, 30, 40)]
     good = write_run(tmp_path / "good", [valid_line(s, 5 - s / 100) for s in (10, 20, 30, 40)])
-    run, good = read_runs([write_run(tmp_path / "lost", lines), good])
+    run, good = read_groups([write_run(tmp_path / "lost", lines), good])
     assert x_to_match(run, good, "tokens").x == 1000
     assert loss == 1e308 or x_to_match(good, run, "tokens").x is None
     assert loss == 1e308 or not math.isfinite(equal_x(run, good, "tokens").difference)
