@@ -1,0 +1,293 @@
+"""Many runs from one plan: every row with every seed, a few at a time, each finished one skipped.
+
+A run is started, resumed and known to be finished by its own folder alone, so a sweep that was stopped, by whatever,
+goes on when it is started again.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+from tqdm import tqdm
+
+from megacocomix.config import Config, load_config
+from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError, nearest
+from megacocomix.section import NonNegative, Positive, Section
+from megacocomix.training.run_folder import check_run_folder
+from megacocomix.validate import check_config
+from megacocomix.yaml_text import parse_yaml
+
+POLL_SECONDS = 1.0
+TAIL_BYTES = 4096  # of metrics.jsonl: more than its last line
+PR_SET_PDEATHSIG = 1  # of Linux
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+class Plan(Section):
+    """What a plan file says."""
+
+    config: str
+    """The recipe of all runs."""
+    out: Annotated[str, Field(min_length=1)]
+    """Folder of the runs, OUT/NAME-sSEED, their logs and the comparison."""
+    seeds: Annotated[list[NonNegative], Field(min_length=1)]
+    """training.seed of each row's runs."""
+    at_a_time: Positive = 1
+    """Runs that are under way together; they share the host's cores."""
+    launch: str = "python"
+    """What a run is started with, such as `torchrun --nproc-per-node 8 --master-port {port}`; {port} is a free one."""
+    world: Positive = 1
+    """Processes that `launch` starts."""
+    overrides: list[str] = []
+    """section.key=value of all runs."""
+    runs: Annotated[dict[str, list[str]], Field(min_length=1)]
+    """Name of a row → its overrides. The first row is the one that the others are compared with."""
+
+
+@dataclass
+class Job:
+    """One run of a sweep."""
+
+    name: str
+    config: Config
+    arguments: list[str]
+    """For launcher/pretrain.py."""
+    log: Path
+    commands: list[list[str]] = field(default_factory=list)
+    """What is left to start, one after the other."""
+    process: subprocess.Popen | None = None
+    failure: str | None = None
+
+    @property
+    def last_step(self) -> int:
+        """Where the run ends."""
+        return self.config.training.stop_after or self.config.training.steps
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last one."""
+        return Path(self.config.run) / "checkpoints" / f"step-{self.last_step:08d}"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its last checkpoint is there and its last validation in the metrics."""
+        last = self._last_record()
+        return self.checkpoint.is_dir() and "valid_loss" in last and last.get("step") == self.last_step
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is trained, and evaluated on all held-out text."""
+        return self.is_trained and any((Path(self.config.run) / "evals").glob(f"{self.checkpoint.name}-*.json"))
+
+    @property
+    def step(self) -> int:
+        """The last step in its metrics."""
+        return int(self._last_record().get("step", 0))
+
+    def _last_record(self) -> dict:
+        """The last whole line of its metrics."""
+        try:
+            with open(Path(self.config.run) / "metrics.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = file.read().split(b"\n")
+            return dict(json.loads(lines[-2]))
+        except (OSError, ValueError, TypeError, IndexError):
+            return {}
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan file. Raises one UserError with every problem."""
+    try:
+        values = parse_yaml(Path(path).read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"plan {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    try:
+        plan = Plan.model_validate(values)
+    except ValidationError as error:
+        raise UserError(*(f"{path}: {_explain(each)}" for each in error.errors())) from None
+    if problems := list(_problems(plan)):
+        raise UserError(*(f"{path}: {problem}" for problem in problems))
+    return plan
+
+
+def _explain(problem: dict) -> str:
+    where = ".".join(str(part) for part in problem["loc"] if part != "[key]")
+    if problem["type"] == "extra_forbidden":
+        return f"{where} is not an option of a plan.{nearest(where, Plan.model_fields)}"
+    if not where:
+        return "it is no plan: expected keys such as config, out, seeds and runs."
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+
+
+def _problems(plan: Plan) -> Iterator[str]:
+    yield from (f"seeds names {seed} twice." for seed in sorted(set(plan.seeds)) if plan.seeds.count(seed) > 1)
+    for row, overrides in plan.runs.items():
+        if not re.fullmatch(r"[\w+-][\w.+-]*", row):
+            yield f"runs: {row!r} is no name of a folder: letters, digits and _ + - . only."
+        for override in (*plan.overrides, *overrides):
+            if override.partition("=")[0] in ("run", "training.seed"):
+                yield f"runs: {row}: {override} is set by out, the row's name and seeds."
+    try:
+        words = shlex.split(plan.launch)
+    except ValueError as error:
+        yield f"launch: {error}: {plan.launch}"
+    else:
+        if not words or not (words[0] == "python" or shutil.which(words[0])):
+            yield f"launch: {words[0] if words else 'nothing'} is no program that is found here."
+
+
+def plan_jobs(plan: Plan) -> list[Job]:
+    """All runs of a plan, seed by seed, each config checked, and against the run folder where there is one. Raises one
+    UserError with every problem."""
+    jobs, problems = [], []
+    for seed in plan.seeds:
+        for row, overrides in plan.runs.items():
+            name = f"{row}-s{seed}"
+            arguments = [*plan.overrides, *overrides, f"training.seed={seed}", f"run={Path(plan.out) / name}"]
+            try:
+                config = load_config(plan.config, arguments)
+                check_config(config, plan.world)
+                check_run_folder(config)
+            except UserError as error:
+                problems += [f"{row}: {line}" for line in error.problems]
+                continue
+            jobs.append(Job(name, config, ["--config", plan.config, *arguments], Path(plan.out) / f"{name}.log"))
+    if problems:
+        raise UserError(*dict.fromkeys(problems))  # what is wrong with a row is wrong with each of its seeds
+    return jobs
+
+
+class Sweep:
+    """Runs the jobs of a plan; `say` gets a line whenever one begins or ends; a terminal shows a bar over all steps."""
+
+    def __init__(self, plan: Plan, jobs: list[Job], root: Path, say: Callable[[str], None]):
+        self.plan, self.jobs, self.root, self.say = plan, jobs, root, say
+        self.stop_signal = 0
+
+    def run(self) -> int:
+        """Run what is not done. Returns an exit code: finished, failed where a run failed (the others go on), or to be
+        requeued after a signal, which the runs under way got too and saved. Raises UserError where another sweep is at
+        the same folder, or it cannot be written."""
+        out = Path(self.plan.out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = open(out / ".lock", "w")  # noqa: SIM115 (held as long as this runs)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"out {out} is being filled by another sweep: wait for it.") from None
+        except OSError as error:
+            raise UserError(f"out {out} cannot be written: {error.strerror}.") from None
+        handlers = {number: signal.signal(number, self._note_signal) for number in SIGNALS}
+        waiting = [job for job in self.jobs if not job.is_done]
+        self.say(f"{len(self.jobs)} runs, {len(self.jobs) - len(waiting)} of them done before")
+        active: list[Job] = []
+        told = False
+        self.bar = tqdm(total=sum(job.last_step for job in self.jobs), unit="step", disable=None)
+        self.bar.initial = self.bar.n = sum(job.step for job in self.jobs)
+        try:
+            while (waiting and not self.stop_signal) or active:
+                while waiting and len(active) < self.plan.at_a_time and not self.stop_signal:
+                    active.append(self._begin(waiting.pop(0)))
+                if self.stop_signal and not told:
+                    for job in active:
+                        _signal(job, signal.SIGTERM)
+                    told = True
+                time.sleep(POLL_SECONDS)
+                self._show(active)
+                active = [job for job in active if not self._has_ended(job)]
+        finally:
+            self.bar.close()
+            for job in active:
+                _signal(job, signal.SIGKILL)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            lock.close()
+        if self.stop_signal:
+            return EXIT_REQUEUE
+        return EXIT_FAILED if any(job.failure for job in self.jobs) else EXIT_FINISHED
+
+    def _note_signal(self, number, _frame) -> None:
+        self.stop_signal = number
+
+    def _show(self, active: list[Job]) -> None:
+        if not self.bar.disable:
+            self.bar.n = sum(job.step for job in self.jobs)
+            self.bar.set_postfix_str(", ".join(f"{job.name} {job.step}/{job.last_step}" for job in active))
+
+    def _begin(self, job: Job) -> Job:
+        launch = shlex.split(self.plan.launch.replace("{port}", str(_free_port())))
+        launch = [sys.executable if word == "python" else word for word in launch]
+        train = [*launch, str(self.root / "launcher/pretrain.py"), *job.arguments]
+        evaluate = [sys.executable, str(self.root / "tools/evaluate.py"), str(job.checkpoint)]
+        job.commands = [evaluate] if job.is_trained else [train, evaluate]
+        if not job.is_trained:
+            self.say(f"{job.name}: goes on after step {job.step}" if job.step else f"{job.name}: begins")
+        self._start_next(job)
+        return job
+
+    def _start_next(self, job: Job) -> None:
+        cores = len(os.sched_getaffinity(0))
+        threads = max(1, cores // (self.plan.at_a_time * self.plan.world))
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        with open(job.log, "a") as log:
+            job.process = subprocess.Popen(
+                job.commands.pop(0),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def _has_ended(self, job: Job) -> bool:
+        code = job.process.poll()
+        if code is None:
+            return False
+        job.process = None
+        if code == EXIT_FINISHED and job.commands and not self.stop_signal:
+            self._start_next(job)
+            return False
+        if job.is_done:
+            left = sum(not each.is_done and not each.failure for each in self.jobs)
+            self.say(f"{job.name}: done, {left} to go")
+        elif not self.stop_signal:
+            job.failure = f"{job.name}: exit code {code}, see {job.log}: {_last_error(job.log)}"
+            self.say(job.failure)
+        return True
+
+
+def _die_with_parent() -> None:
+    """In a process that is starting: get SIGTERM when the sweep is gone, however it went."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _signal(job: Job, number: int) -> None:
+    """To all processes of a job, the launcher's too."""
+    if job.process and job.process.poll() is None:
+        os.killpg(job.process.pid, number)
+
+
+def _last_error(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no output"])[-1]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
