@@ -23,8 +23,8 @@ from megacocomix.config import load_config  # noqa: E402
 from megacocomix.errors import EXIT_USER, UserError, run_cli, say_problems  # noqa: E402
 
 
-def main() -> int:
-    """Parse the command line, train, return the exit code."""
+def main() -> None:
+    """Parse the command line, train, exit with the code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML recipe, such as configs/tiny.yaml")
     # deepspeed passes it; the environment says the same.
@@ -48,7 +48,11 @@ def main() -> int:
             say_problems(error)
         code = EXIT_USER
     stop_runtime()
-    return code
+    # All is written and closed. Threads of the native libraries race with the interpreter's own end, which under load
+    # was seen to abort a process whose run had finished.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
