@@ -73,7 +73,6 @@ def evaluate_tasks(
     data: str | Path | None = None,
     batch: int = 8,
     limit: int | None = None,
-    num_fewshot: int = 0,
     given: Path | None = None,
 ) -> dict:
     """Scores of the model in `folder` (a run's newest checkpoint, a checkpoint, a Hugging Face folder) in fp32.
@@ -84,7 +83,7 @@ def evaluate_tasks(
     file, if there is one. Raises UserError for a model that cannot be loaded, a task that does not exist, and a `given`
     that holds something else.
     """
-    if batch < 1 or (limit is not None and limit < 1) or num_fewshot < 0:
+    if batch < 1 or (limit is not None and limit < 1):
         raise UserError("--batch and --limit must be at least 1.")
     tasks = parse_tasks(",".join(tasks))
     # The harness announces its defaults task by task; what is wrong comes as an exception.
@@ -100,7 +99,7 @@ def evaluate_tasks(
         "step": checkpoint_step(model.path),
         "harness": harness_version(),
         "precision": "fp32",
-        "num_fewshot": num_fewshot,
+        "num_fewshot": 0,
         "limit": limit,
         "results": {},
         "missing": {},
@@ -109,7 +108,7 @@ def evaluate_tasks(
         raise UserError(f"{given} exists and is no result of these weights and settings: choose another or delete it.")
     for task in tasks:
         try:
-            result["results"][task] = _evaluate(model.lm, task, data, limit, num_fewshot)
+            result["results"][task] = _evaluate(model.lm, task, data, limit)
         except Exception as error:  # definitions, data sets and the hub raise whatever they do
             log.debug("%s is missing", task, exc_info=True)
             result["missing"][task] = _reason(error)
@@ -189,7 +188,7 @@ def _local_definitions():
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(LOCAL_TASKS))
 
 
-def _load_task(name: str, data: str | Path | None, num_fewshot: int):
+def _load_task(name: str, data: str | Path | None):
     """The harness's task, with our documents where we have them. → (task, where its documents are from)."""
     from datasets import Dataset
 
@@ -201,8 +200,6 @@ def _load_task(name: str, data: str | Path | None, num_fewshot: int):
         except Exception as error:  # the hub, the data set's reader and the definition raise whatever they do
             first = f"{Path(data) / name}.jsonl does not exist, and " if data else ""
             raise UserError(f"{first}the hub's data set cannot be had ({_reason(error)}).") from error
-    if num_fewshot:
-        raise UserError("examples for few-shot prompts come from the training split, which the data folder lacks.")
     documents, _, sha256 = found
     dataset = Dataset.from_list(documents)
     if name in PAPER_TASKS:
@@ -222,15 +219,15 @@ def _source(name: str, data: str | Path | None) -> str | None:
     return f"local {found[2]}" if found else "hub"
 
 
-def _evaluate(lm, name: str, data: str | Path | None, limit: int | None, num_fewshot: int) -> dict:
+def _evaluate(lm, name: str, data: str | Path | None, limit: int | None) -> dict:
     from lm_eval import simple_evaluate
 
     with _quiet():
-        task, source = _load_task(name, data, num_fewshot)
+        task, source = _load_task(name, data)
         found = simple_evaluate(
             model=lm,
             tasks=[task],
-            num_fewshot=num_fewshot,
+            num_fewshot=0,  # the training split, where examples come from, is not in the data folder
             limit=limit,
             bootstrap_iters=BOOTSTRAP_ITERS,
             log_samples=False,

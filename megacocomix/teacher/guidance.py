@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megacocomix.config import Config
 from megacocomix.data.tokens import TokenDataset
-from megacocomix.errors import UserError
 from megacocomix.method import MethodConfig
 from megacocomix.model.concept import standardize
 from megacocomix.model.distillation import FrozenHead
@@ -87,9 +86,19 @@ class Guidance:
 
     @property
     def flops(self) -> float:
-        """FLOPs a token that the teacher costs live, averaged over the windows; counted as in model/flops.py. Its head
-        is run in the forward and in the backward pass of the divergence."""
-        total = self.labels.live_flops * self.labels.live_share if self.labels else 0.0
+        """FLOPs a token that the teacher costs live, averaged over the windows; counted as in model/flops.py."""
+        return self.labelling_flops + self.reading_flops
+
+    @property
+    def labelling_flops(self) -> float:
+        """Those of the labels."""
+        return self.labels.live_flops * self.labels.live_share if self.labels else 0.0
+
+    @property
+    def reading_flops(self) -> float:
+        """Those of hidden states and distributions. The head is run in the forward and in the backward pass of the
+        divergence."""
+        total = 0.0
         if self.teacher:
             block = 2 * self.teacher.num_block_weights + attention_flops(self.teacher.width, self._piece)
             total += (self.teacher.layer + 1) * block * self.method.learns_hidden
@@ -113,8 +122,7 @@ class Guidance:
 
 
 def open_guidance(config: Config, device: torch.device, eot_id: int, train: TokenDataset) -> Guidance | None:
-    """What a config's student learns from its teacher; None where that is nothing. Raises UserError, also for a teacher
-    whose content is not the one that made the label cache."""
+    """What a config's student learns from its teacher; None where that is nothing. Raises UserError."""
     method = config.method
     if not method.has_teacher:
         return None
@@ -124,8 +132,6 @@ def open_guidance(config: Config, device: torch.device, eot_id: int, train: Toke
         # One that labels live is there already.
         labeler = labels.labeler if labels else None
         teacher = labeler.teacher if labeler else open_teacher(config, device)
-    if labels and teacher and labels.teacher_sha256 != teacher.sha256:
-        raise UserError(f"teacher.model {config.teacher.model} changed while it was opened: start again.")
     return Guidance(method, config.model.context, labels, teacher)
 
 
@@ -136,7 +142,7 @@ def describe_guidance(config: Config, guidance: Guidance, student_flops: float, 
         lines.append(describe_labels(config, guidance.labels, student_flops, num_windows))
     if guidance.teacher:
         what = ["its hidden state"] * guidance.method.learns_hidden + ["its distribution"] * guidance.method.distills
-        flops = guidance.flops - (guidance.labels.live_flops * guidance.labels.live_share if guidance.labels else 0.0)
+        flops = guidance.reading_flops
         lines.append(
             f"teacher: {' and '.join(what)} live, {flops / 1e6:.1f} MFLOP a token, {flops / student_flops:.0%} of the "
             "student's step"

@@ -33,7 +33,9 @@ from megacocomix.yaml_text import parse_yaml
 
 POLL_SECONDS = 1.0
 TAIL_BYTES = 4096  # of metrics.jsonl: more than its last line
-PR_SET_PDEATHSIG = 1  # of Linux
+# Found before any child is forked, which must not load a library.
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -96,7 +98,7 @@ class Job:
     @property
     def step(self) -> int:
         """The last step in its metrics."""
-        return int(self._last_record().get("step", 0))
+        return int(self._last_record().get("step") or 0)
 
     def _last_record(self) -> dict:
         """The last whole line of its metrics."""
@@ -135,12 +137,13 @@ def _explain(problem: dict) -> str:
 
 def _problems(plan: Plan) -> Iterator[str]:
     yield from (f"seeds names {seed} twice." for seed in sorted(set(plan.seeds)) if plan.seeds.count(seed) > 1)
-    for row, overrides in plan.runs.items():
+    for row in plan.runs:
         if not re.fullmatch(r"[\w+-][\w.+-]*", row):
             yield f"runs: {row!r} is no name of a folder: letters, digits and _ + - . only."
-        for override in (*plan.overrides, *overrides):
+    for where, overrides in {"overrides": plan.overrides, **plan.runs}.items():
+        for override in overrides:
             if override.partition("=")[0] in ("run", "training.seed"):
-                yield f"runs: {row}: {override} is set by out, the row's name and seeds."
+                yield f"{where}: {override} is set by out, the row's name and seeds."
     try:
         words = shlex.split(plan.launch)
     except ValueError as error:
@@ -240,8 +243,7 @@ class Sweep:
         return job
 
     def _start_next(self, job: Job) -> None:
-        cores = len(os.sched_getaffinity(0))
-        threads = max(1, cores // (self.plan.at_a_time * self.plan.world))
+        threads = max(1, (os.cpu_count() or 1) // (self.plan.at_a_time * self.plan.world))
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         with open(job.log, "a") as log:
             job.process = subprocess.Popen(
@@ -271,8 +273,9 @@ class Sweep:
 
 
 def _die_with_parent() -> None:
-    """In a process that is starting: get SIGTERM when the sweep is gone, however it went."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """In a process that is starting: get SIGTERM when the sweep is gone, however it went. Only Linux has this."""
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _signal(job: Job, number: int) -> None:

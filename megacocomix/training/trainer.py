@@ -3,7 +3,6 @@ finish."""
 
 import logging
 import math
-import resource
 import signal
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from megacocomix.parallel.stage import LocalStages, hidden_shape
 from megacocomix.parallel.zero import Engine
 from megacocomix.teacher.guidance import describe_guidance
 from megacocomix.training.batches import StepBatches
-from megacocomix.training.flops import device_peak
+from megacocomix.training.device import device_peak, peak_memory_gib
 from megacocomix.training.metrics import MetricsLog, is_validated
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megacocomix.training.run_folder import check_run_folder, code_version, log_to_file, write_run_folder
@@ -121,9 +120,7 @@ class Trainer:
                 self._log_step(losses)
             if saves:  # before validating, which may take longer than the grace period after a signal
                 self._save(must_succeed=is_last or stopped or scores)
-            if (self._is_due(config.evaluation.every) or is_last) and not math.isfinite(self._validate()):
-                self._complete_save()
-                self._say(f"error: validation loss is not finite after step {state.step}: lower optimizer.lr")
+            if (self._is_due(config.evaluation.every) or is_last) and not self._validates():
                 return EXIT_FAILED
             if scores and not stopped:
                 stopped = self._score_tasks()
@@ -142,7 +139,7 @@ class Trainer:
             owed = [not is_validated(self.run, self.state.step), bool(left)]
         dist.broadcast_object_list(owed, src=0)
         validates, scores = owed
-        if validates and not math.isfinite(self._validate()):
+        if validates and not self._validates():
             return EXIT_FAILED
         if scores and self._score_tasks():
             return EXIT_REQUEUE
@@ -249,10 +246,18 @@ class Trainer:
             "tokens_per_second": tokens_per_second,
             "flops_per_second": flops_per_second,
             "mfu": flops_per_second / (peak * self.runtime.world) if peak else None,
-            "memory_gib": _peak_memory_gib(self.runtime.device),
+            "memory_gib": peak_memory_gib(self.runtime.device),
         }
         self._write(lambda metrics: metrics.train(record, seconds / steps))
         self._start_clock()
+
+    def _validates(self) -> bool:
+        """Validate; whether the loss is a number. Says so where it is not."""
+        if math.isfinite(self._validate()):
+            return True
+        self._complete_save()
+        self._say(f"error: validation loss is not finite after step {self.state.step}: lower optimizer.lr")
+        return False
 
     def _validate(self) -> float:
         self._pause_clock()
@@ -386,10 +391,3 @@ class Trainer:
         log.info(line)
         if self.metrics:
             self.metrics.say(line)
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: of the GPU where there is one, else of the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -188,7 +188,7 @@ def test_every_request_scores_as_the_harnesss_own_backend_does(tmp_path, tokeniz
 
 @pytest.mark.parametrize("task", PROMPTS)
 def test_local_documents_are_asked_as_the_standard_task_asks(data, task):
-    definition, source = harness._load_task(task, data, 0)
+    definition, source = harness._load_task(task, data)
     assert source == f"local {file_sha256(data / f'{task}.jsonl')}"
     definition.set_config("num_fewshot", 0)
     definition.build_all_requests(limit=1)
@@ -205,7 +205,7 @@ def test_our_task_files_ask_and_score_as_the_harnesss_own_definitions_do(data, t
     own = harness._definitions(everything=False)
     changed = {"task": task, "custom_dataset": lambda **_: defaultdict(lambda: documents)}
     theirs = own.load({"group": "theirs", "task": [changed]})["tasks"][task]
-    ours, _ = harness._load_task(task, data, 0)
+    ours, _ = harness._load_task(task, data)
     scored = []
     for each in (ours, theirs):
         each.set_config("num_fewshot", 0)

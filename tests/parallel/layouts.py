@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from jobs import train_all
+from processes import run_processes
 
 STEPS = 3
 # Half of what weights begin with. Biases begin with 0: what rounding moves them by is not relative to what they are.
@@ -147,6 +148,15 @@ def train_and_keep_gradients(configs: list) -> list[tuple[int, list[str]]]:
     shard_small_parameters_too()
     Engine._sum_shared_gradients = sum_and_keep
     return train_all(configs)
+
+
+def run_jobs(jobs: dict[int, list]) -> None:
+    """Processes → configs that a job of so many trains, those without a pipeline first: stages without one number their
+    modules alike, and DeepSpeed checks that over all processes."""
+    for world, configs in jobs.items():
+        ordered = sorted(configs, key=lambda made: made.parallel.pipeline > 1)
+        outcomes = run_processes(world, train_and_keep_gradients, ordered, timeout=900)
+        assert outcomes == [[(0, [])] * len(ordered)] * world
 
 
 def lines(folder, run):

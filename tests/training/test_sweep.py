@@ -64,6 +64,10 @@ def finish(process):
         ({"config": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
         ({"launch": "torchrun", "world": 3}, "training.global_batch 8 is not a multiple"),
         ({"seeds": [1, 1]}, "seeds names 1 twice"),
+        ({"runs": {"a": ["training.seed=7"]}}, "a: training.seed=7 is set by out"),
+        ({"overrides": ["run=elsewhere"]}, "overrides: run=elsewhere is set by out"),
+        ({"launch": "python -X 'dev"}, "launch: No closing quotation"),
+        ({"launch": "nosuchprogram -n 2"}, "launch: nosuchprogram is no program"),
         ({"runs": {"a/b": []}}, "'a/b' is no name of a folder"),
     ],
     ids=str,
@@ -73,6 +77,14 @@ def test_mistakes_in_a_plan_are_said_before_anything_runs(plan, tmp_path, change
         plan_jobs(read_plan(plan(**changes)))
     assert any(said in line for line in caught.value.problems), caught.value.problems
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("last", ['{"step": null}', "[]", "7", '{"step": 6, "valid_loss"', "\xff"])
+def test_a_damaged_last_line_of_the_metrics_is_no_progress_and_no_end(plan, tmp_path, last):
+    (job,) = plan_jobs(read_plan(plan()))
+    job.checkpoint.mkdir(parents=True)
+    (tmp_path / "runs/ntp-s1/metrics.jsonl").write_bytes(last.encode("latin-1") + b"\n")
+    assert (job.step, job.is_trained, job.is_done) == (0, False, False)
 
 
 def test_every_row_is_run_with_every_seed_seed_by_seed(plan):

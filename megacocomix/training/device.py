@@ -1,4 +1,6 @@
-"""What a device could do; the student's cost is in model/flops.py, the live teacher's in teacher/labels.py."""
+"""What a device could do, and what it had to hold. What a run costs is in model/flops.py and teacher/guidance.py."""
+
+import resource
 
 import torch
 
@@ -18,3 +20,10 @@ def device_peak(device: torch.device, precision: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device).replace("-", " ").split()
     return next((peak for words, peak in PEAK_FLOPS.items() if all(word in name for word in words.split())), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held: of the GPU where there is one, else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
