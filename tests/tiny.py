@@ -1,5 +1,7 @@
 """A run small enough for a test: random tokens in the reference's format, a random teacher, a random autoencoder."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -59,6 +61,40 @@ def make_inputs(folder):
     write_tokens(folder / "val.bin", 10 * CONTEXT, seed=1)
     make_teacher(folder / "teacher")
     make_sae(folder / "sae.safetensors")
+
+
+def letters():
+    """A tokenizer of the VOCAB tokens of a tiny run: printable ASCII, the line break, and the end of text."""
+    from megacocomix.data.tokenizer import Tokenizer
+
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    return Tokenizer(
+        name="letters",
+        vocab_size=VOCAB,
+        eot_id=VOCAB - 1,
+        sha256="letters",
+        encode_batch=lambda texts: [[characters.index(character) for character in text] for text in texts],
+        decode=lambda ids: "".join([*characters, "<|endoftext|>"][i] for i in ids),
+    )
+
+
+def loaded(seed=0, vocab_size=VOCAB, context=CONTEXT, **options):
+    """A random model with the method options given, whose concepts and next tokens depend on much of what it read."""
+    shape = ModelConfig(**SHAPE | {"vocab_size": vocab_size, "context": context}, dropout=0.0)
+    model = GPT2(shape, method(**options))
+    initialise(model, seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(5) if parameter.dim() > 1 else parameter.add_(0.1 * len(name) / 20)
+    return LoadedModel(model.eval(), shape, None, "", Path("tiny"))
+
+
+def student(seed=0, **options):
+    """`loaded`, as a student that reads letters."""
+    from megacocomix.checkpoint.hf import to_cocomix
+    from megacocomix.interpret.student import Student
+
+    return Student(to_cocomix(loaded(seed, **options)), letters(), Path("tiny"), "", None)
 
 
 def values(folder, run="run"):

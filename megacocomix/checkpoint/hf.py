@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from megacocomix.errors import UserError
 from megacocomix.model.gpt2 import INIT_STD, LAYER_NORM_EPS
 from megacocomix.model.hf_names import hf_name, to_hf
 from megacocomix.model.load import LoadedModel
+
+if TYPE_CHECKING:
+    from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
 
 LOGIT_TOLERANCE, LOSS_TOLERANCE = 1e-4, 1e-5
 # Options of the method section that config.json carries, under the same names.
@@ -92,6 +96,22 @@ def _write(source: LoadedModel, out: Path, tokenizer: str, dtype: str) -> None:
     ours = {hf_name(name): name for name in parameters}
     read = lambda name: to_hf(ours[name], parameters[ours[name]].detach(), num_heads)[1]
     write_safetensors(out / "model.safetensors", shapes, read, dtype)
+
+
+def to_cocomix(source: LoadedModel) -> "CocomixForCausalLM":
+    """A model of ours, with concepts or without, as the module that an exported folder carries: the one that has a
+    cache. In memory, fp32, in eval mode."""
+    from megacocomix.hf.configuration_cocomix import CocomixConfig
+    from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
+
+    values = {key: value for key, value in _config(source).items() if key not in ("architectures", "auto_map")}
+    values |= {"model_type": "cocomix", "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if source.model.concept is None:
+        values |= {"predict": "nothing", "mix": "nothing", "insertion_layer": 0}
+    model = CocomixForCausalLM(CocomixConfig.from_dict(values))
+    state = dict(to_hf(name, value.detach(), source.shape.num_heads) for name, value in source.model.named_parameters())
+    model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
+    return model.eval()
 
 
 def _write_json(file: Path, values: dict) -> None:

@@ -49,17 +49,27 @@ def load_any_model(folder: str | Path) -> LoadedModel:
 def load_cocomix(folder: Path) -> nn.Module:
     """The model of an exported folder with concepts, in fp32, by our own code and not by the folder's. Raises UserError
     where the folder does not hold one."""
+    from transformers.utils import logging
+
     from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         model, said = CocomixForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # said below, and not in a table
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded ({' '.join(str(error).split()):.200}).") from None
-    # transformers draws what is missing, and says so on the way.
-    if unfit := sorted(map(str, {*said["missing_keys"], *said["unexpected_keys"], *said["mismatched_keys"]})):
-        raise UserError(f"{folder}/config.json does not fit its weights: {unfit[0]} and {len(unfit) - 1} more.")
+    # transformers draws what is missing, or of another size.
+    mismatched = {key for key, *_ in said["mismatched_keys"]}
+    if unfit := sorted({*said["missing_keys"], *said["unexpected_keys"], *mismatched}):
+        raise UserError(f"{folder}/config.json does not fit its weights: {' '.join(unfit)}: export it again.")
     return model.eval()
 
 

@@ -117,13 +117,25 @@ class CocomixHiddenPredictor(nn.Module):
         return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
 
 
+class CocomixKeepLargest(nn.Module):
+    """Concept logits [B, T, C] → the K largest of each token (values, indices), [B, T, K], largest first. A module of
+    its own, so that a forward hook can read what is kept, or change it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_kept = config.num_kept
+
+    def forward(self, logits_BTC):
+        """[B, T, C] → values and indices, [B, T, K]."""
+        return logits_BTC.topk(self.num_kept, dim=-1)
+
+
 class CocomixTransformer(nn.Module):
     """Everything but the head."""
 
     def __init__(self, config):
         super().__init__()
         self.insertion_layer = config.insertion_layer
-        self.num_kept = config.num_kept
         self.interleaves, self.every = config.interleaves, config.interleave_every
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -131,10 +143,12 @@ class CocomixTransformer(nn.Module):
         self.h = nn.ModuleList([CocomixBlock(config, layer) for layer in range(config.n_layer)])
         if config.predict != "nothing":
             self.pre_bias = nn.Parameter(torch.zeros(config.n_embd))
-        self.concept_predictor = self.compress_layer = self.hidden_predictor = self.project_layer = None
+        self.concept_predictor = self.keep_largest = self.compress_layer = None
+        self.hidden_predictor = self.project_layer = None
         if config.predict == "concepts":
             self.concept_predictor = nn.Linear(config.n_embd, config.num_concepts)
             if config.mix == "predicted":
+                self.keep_largest = CocomixKeepLargest(config)
                 self.compress_layer = nn.Linear(config.num_concepts, config.n_embd)
         elif config.predict == "hidden":
             self.hidden_predictor = CocomixHiddenPredictor(config)
@@ -183,7 +197,7 @@ class CocomixTransformer(nn.Module):
             prediction = predict(normed_BTD - self.pre_bias)
             logits_BTC = prediction if self.concept_predictor else None
         if self.compress_layer is not None:
-            vector_BTD = (self.compress(logits_BTC) + self.pre_bias) * std + mean
+            vector_BTD = (self.compress(*self.keep_largest(logits_BTC)) + self.pre_bias) * std + mean
         elif self.project_layer is not None:
             vector_BTD = (self.project_layer(prediction) + self.pre_bias) * std + mean
         if vector_BTD is None:
@@ -193,17 +207,16 @@ class CocomixTransformer(nn.Module):
             return x_BTD + vector_BTD, logits_BTC
         return torch.stack((x_BTD, vector_BTD), dim=2).flatten(1, 2), logits_BTC
 
-    def compress(self, logits_BTC):
-        """Concept logits → a weighted sum of the K columns of the largest, [B, T, D]; never a dense product with a
-        vector of C."""
-        value_BTK, index_BTK = logits_BTC.topk(self.num_kept, dim=-1)
+    def compress(self, value_BTK, index_BTK):
+        """The K largest logits → a weighted sum of their K columns, [B, T, D]; never a dense product with a vector of
+        C."""
         rows = F.embedding_bag(
             index_BTK.flatten(0, 1),
             self.compress_layer.weight.T,
             mode="sum",
             per_sample_weights=value_BTK.flatten(0, 1),
         )
-        return rows.unflatten(0, logits_BTC.shape[:2]) + self.compress_layer.bias
+        return rows.unflatten(0, index_BTK.shape[:2]) + self.compress_layer.bias
 
 
 @dataclass

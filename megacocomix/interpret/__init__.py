@@ -1,0 +1,1 @@
+"""Reading and steering the concepts that a model predicts."""
