@@ -1,6 +1,7 @@
 """How a user's mistake leaves the program: one line a problem on stderr, exit code 2, no traceback."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -36,15 +37,20 @@ def run_cli(main: Callable[[], int | None]) -> None:
     does a file that cannot be read or written."""
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, such as head, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
     except UserError as error:
         # Before the ranks of a job have met, each knows only of itself; usually all meet the same mistake.
         if os.environ.get("RANK", "0") == "0":
             say_problems(error)
         code = EXIT_USER
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr, flush=True)
         code = EXIT_USER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
