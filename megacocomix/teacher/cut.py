@@ -125,6 +125,11 @@ class Teacher:
         """[B, T] → [B, T, V]."""
         return self.model.head(self.model.body(tokens_BT))
 
+    @torch.no_grad()
+    def next_logits(self, tokens_BT: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
+        """[B, T] → logits of the token after each window, [B, V], with h [B, T, D] replaced by `edit(h)`."""
+        return self.model.head(self._run(tokens_BT, edit)[:, -1])
+
     def _run(self, tokens_BT: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """The body's output, with h replaced by `edit(h)` on the way."""
         stream = []

@@ -13,6 +13,7 @@ Shapes: N rows, D width of the teacher, C latents, K latents kept per row.
 Nothing here is ever dense in C except the pre-activations, and those only for a slice of the rows at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -111,12 +112,16 @@ class SAE(nn.Module):
         """
         return self.encode_normalized(self.form.normalize(x)[0])
 
-    def encode_normalized(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """`encode` for rows [..., D] that are already normalised."""
+    def encode_normalized(
+        self, normed: Tensor, edit: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`encode` for rows [..., D] that are already normalised; `edit` changes their pre-activations [rows, C] before
+        the largest are kept."""
         chunk_rows = max(1, MAX_PRE_ACTIVATIONS // self.num_latents)
         values, indices = [], []
         for normed_ND in normed.reshape(-1, self.width).split(chunk_rows):
             pre_NC = F.linear(normed_ND - self.pre_bias, self.encoder, self.latent_bias)
+            pre_NC = edit(pre_NC) if edit else pre_NC
             # Of relu a row keeps as many as its neighbour with the most: the others are zeros.
             k = self.form.k or max(1, int((pre_NC > 0).sum(-1).max()))
             value_NK, index_NK = pre_NC.topk(k, dim=-1)

@@ -1,0 +1,245 @@
+"""Texts token by token, a batch at a time, with a cache; steered, and measured against what the model would have done.
+
+The unsteered model reads the same tokens in a second pass with a cache of its own: at each step the divergence of the
+two next-token distributions says what the steering does there, whatever was sampled before.
+
+Shapes: B texts, T tokens of a pass, N tokens so far, K concepts kept, V vocabulary.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from megacocomix.data.tokenizer import Tokenizer
+from megacocomix.errors import UserError
+from megacocomix.interpret.steering import Edit, Place, Steering, kept_concepts
+from megacocomix.interpret.student import Student, check_mixes_concepts
+
+MOST_SEED = 2**63 - 1
+LEAST_TEMPERATURE = 1e-4
+"""Logits that are divided by less may no longer be finite."""
+At = Literal["decoded", "all"] | Collection[int]
+"""Which tokens are steered. decoded: those whose prediction is a new token, from the prompt's last one on. all: the
+prompt's too. Else positions, counted from 0 at the first token of the prompt as it is read."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How next tokens are drawn. Raises one UserError with everything that cannot be."""
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_k: int = 0
+    """Draw from the so many most probable tokens; 0: all."""
+    top_p: float = 1.0
+    """Draw from the most probable tokens that together have this probability."""
+    min_p: float = 0.0
+    """Draw from tokens with at least this share of the most probable one's probability."""
+    seed: int = 0
+
+    def __post_init__(self):
+        valid = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (
+                self.temperature == 0 or (math.isfinite(self.temperature) and self.temperature >= LEAST_TEMPERATURE),
+                f"at least {LEAST_TEMPERATURE}, or 0 for greedy",
+            ),
+            "top_k": (self.top_k >= 0, "at least 1, or 0 for all"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
+            "seed": (0 <= self.seed <= MOST_SEED, f"from 0 to {MOST_SEED}"),
+        }
+        wrong = {key: rule for key, (is_valid, rule) in valid.items() if not is_valid}
+        if wrong:
+            raise UserError(*(f"{key} {getattr(self, key)} must be {rule}." for key, rule in wrong.items()))
+
+    def warpers(self) -> LogitsProcessorList:
+        """What is done to logits before a token is drawn, by transformers, in its order."""
+        warpers = LogitsProcessorList()
+        if self.temperature not in (0.0, 1.0):
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(float(self.top_p)))
+        if self.min_p:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        return warpers
+
+
+Kept = tuple[int, float]
+"""A concept and its logit."""
+
+
+class Step(NamedTuple):
+    """A new token of one text."""
+
+    token: int
+    kl: float
+    """KL(steered ‖ unsteered) of the distributions it was drawn from, in nats, before temperature and the like."""
+    kept: list[Kept]
+    """Concepts kept where it was predicted, largest first, with their logits after steering; none without a slot."""
+    is_end: bool
+    """Whether it is the end of text, after which the text gets no more steps."""
+
+
+def fit_prompt(ids: list[int], context: int, max_new_tokens: int, eot_id: int) -> tuple[list[int], int]:
+    """The end of a prompt that leaves room for the new tokens in the context, and how many tokens were cut off its
+    beginning. An empty prompt begins a document. Raises UserError where no room for a prompt is left."""
+    if max_new_tokens >= context:
+        raise UserError(
+            f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the context of {context} tokens. "
+            f"Nearest valid: {context - 1}."
+        )
+    ids = ids or [eot_id]
+    kept = ids[-(context - max_new_tokens) :]
+    return kept, len(ids) - len(kept)
+
+
+def decode(
+    student: Student,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    edits: Sequence[Sequence[Edit]] | None = None,
+    place: Place = "before",
+    at: At = "decoded",
+    cached: bool = True,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[list[Step | None]]:
+    """For each new token a list with a Step for each prompt, or None where the text has ended; closing the iterator
+    ends the work.
+
+    `edits` are those of each prompt. Each text draws from a generator of its own, seeded by `seeds` (default: the
+    sampling's seed and those after it): what it draws does not depend on the batch, and texts of the same seed differ
+    only where their distributions do. Without `cached` all tokens are read anew at each step. Raises UserError for
+    edits that cannot act.
+    """
+    edits = edits or [[] for _ in prompts]
+    if any(edits):
+        check_mixes_concepts(student)
+    steering = Steering(edits, place) if any(edits) else None
+    steered = _StudentReader(student, steering, cached)
+    plain = _StudentReader(student, None, cached) if steering else None
+    return decode_with(steered, plain, student.tokenizer, prompts, sampling, at, seeds)
+
+
+class Reader(Protocol):
+    """Reads texts that grow by a token at a time. A reader serves one batch."""
+
+    device: torch.device
+
+    def read(self, tokens_BN: Tensor, position_BN: Tensor, where_BN: Tensor) -> tuple[Tensor, list[list[Kept]]]:
+        """All tokens so far, their positions (negative: padding, on the left) and which of them are steered → logits
+        [B, V] of the next token, and what was kept at the last one, largest first."""
+
+
+@torch.no_grad()
+def decode_with(
+    steered: Reader,
+    plain: Reader | None,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    at: At,
+    seeds: Sequence[int] | None,
+) -> Iterator[list[Step | None]]:
+    """`decode` of any reader; with `plain` the divergence from it is measured."""
+    seeds = seeds or [(sampling.seed + row) % (MOST_SEED + 1) for row in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    warpers, device, width = sampling.warpers(), steered.device, max(map(len, prompts))
+    # Padding is on the left, so that all texts grow at the same end.
+    rows = [[tokenizer.eot_id] * (width - len(ids)) + ids for ids in prompts]
+    tokens_BN = torch.tensor(rows, device=device)
+    first_B1 = torch.tensor([[width - len(ids)] for ids in prompts], device=device)
+    is_running = [True] * len(prompts)
+    for _ in range(sampling.max_new_tokens):
+        position_BN = torch.arange(tokens_BN.shape[1], device=device) - first_B1
+        where_BN = _chosen(position_BN, at, width - 1 - first_B1)
+        logits_BV, kept_B = steered.read(tokens_BN, position_BN, where_BN)
+        if not logits_BV.isfinite().all():
+            raise UserError("the model's logits are not finite: it diverged, or its weights are damaged.")
+        kl_B = [0.0] * len(prompts)
+        if plain:
+            log_p_BV = logits_BV.log_softmax(-1)
+            log_q_BV = plain.read(tokens_BN, position_BN, where_BN)[0].log_softmax(-1)
+            kl_B = (log_p_BV.exp() * (log_p_BV - log_q_BV)).sum(-1).clamp(min=0).tolist()
+        next_B = _draw(warpers(tokens_BN, logits_BV), sampling.temperature == 0, generators)
+        steps: list[Step | None] = []
+        for row, token in enumerate(next_B.tolist()):
+            is_end = token == tokenizer.eot_id
+            steps.append(Step(token, kl_B[row], kept_B[row], is_end) if is_running[row] else None)
+            is_running[row] = is_running[row] and not is_end
+        yield steps
+        if not any(is_running):
+            return
+        tokens_BN = torch.cat((tokens_BN, next_B[:, None]), dim=1)
+
+
+class _StudentReader:
+    """A student, reading with its cache only what is new to it."""
+
+    def __init__(self, student: Student, steering: Steering | None, cached: bool):
+        self.student, self.steering, self.device = student, steering, student.device
+        self.cache = DynamicCache() if cached else None
+
+    def read(self, tokens_BN, position_BN, where_BN):
+        start = self.cache.get_seq_length() if self.cache is not None else 0
+        model, has_padding = self.student.model, bool((position_BN < 0).any())
+        steer = self.steering.of(model, where_BN[:, start:]) if self.steering else nullcontext()
+        with steer, kept_concepts(model) as found:
+            out = model(
+                tokens_BN[:, start:],
+                attention_mask=(position_BN >= 0).long() if has_padding else None,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+                logits_to_keep=1,
+            )
+        # An embedding may have more rows than there are tokens: they stand for nothing.
+        logits_BV = out.logits[:, -1, : self.student.tokenizer.vocab_size].float()
+        if not found:
+            return logits_BV, [[] for _ in tokens_BN]
+        value_BK, index_BK = (each[:, -1] for each in found[0])
+        has_slot_B = self.student.has_slot(position_BN[:, -1]).tolist()
+        return logits_BV, [
+            row if has_slot else [] for row, has_slot in zip(kept_rows(index_BK, value_BK), has_slot_B, strict=True)
+        ]
+
+
+def kept_rows(index_BK: Tensor, value_BK: Tensor) -> list[list[Kept]]:
+    """(id, value) of each text, the largest first, which steering may have turned."""
+    order_BK = value_BK.argsort(dim=-1, descending=True, stable=True)
+    index, value = index_BK.gather(-1, order_BK).tolist(), value_BK.gather(-1, order_BK).tolist()
+    return [list(zip(*pair, strict=True)) for pair in zip(index, value, strict=True)]
+
+
+def _chosen(position_BN: Tensor, at: At, last_B1: Tensor) -> Tensor:
+    """Which tokens are steered; `last_B1` is the position of each prompt's last token."""
+    if at == "all":
+        return position_BN >= 0
+    if at == "decoded":
+        return position_BN >= last_B1
+    return torch.isin(position_BN, torch.tensor(sorted(at), device=position_BN.device))
+
+
+def _draw(logits_BV: Tensor, is_greedy: bool, generators: list[torch.Generator]) -> Tensor:
+    """int64 [B]. The largest of p / exponential noise falls on each token with its probability: the noise of a seed is
+    the same whatever the distribution, so two that are alike give the same token."""
+    if is_greedy:
+        return logits_BV.argmax(-1)
+    size = logits_BV.shape[-1]
+    noise_BV = torch.stack([torch.empty(size).exponential_(generator=generator) for generator in generators])
+    return (logits_BV.softmax(-1) / noise_BV.to(logits_BV.device)).argmax(-1)
