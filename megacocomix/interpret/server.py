@@ -1,0 +1,316 @@
+"""The page with a model behind it: texts are generated, plain and steered side by side, and streamed while they grow.
+
+One generation runs at a time, in a thread of its own, because a model on one device gains nothing from two; the
+others wait in line, first come, first served, and are told their place. What a client has not read yet waits for it,
+not the line for the client.
+
+On a loopback address anybody on the machine may use it, but no other web site may through a browser on it: requests
+under a foreign name (DNS rebinding) or from a foreign page are refused. Elsewhere a token is asked for. Neither
+tokens nor prompts are logged.
+"""
+
+import asyncio
+import errno
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+from aiohttp import web
+
+from megacocomix.errors import UserError
+from megacocomix.interpret.live import Limits, generate, read_task
+from megacocomix.interpret.student import Student
+
+logger = logging.getLogger(__name__)
+# aiohttp would log malformed requests, in which a token may stand.
+silent = logging.getLogger(f"{__name__}.http")
+silent.disabled = True
+
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+LOOPBACK = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]+)?", re.IGNORECASE)
+TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,}")
+RETRY_SECONDS = 5
+SHUTDOWN_SECONDS = 1
+"""How long a stopped server waits for clients to take what they were sent last."""
+
+
+class Job:
+    """A generation in line: `outbox` holds the lines to send to its client, then None."""
+
+    def __init__(self, events: Callable[[], Iterator[dict]]):
+        self.events = events
+        self.outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.is_left = threading.Event()
+
+    def say(self, event: dict) -> None:
+        """Send an event from the event loop."""
+        self.outbox.put_nowait(_line(event))
+
+    def end(self, event: dict) -> None:
+        """Send the last event from the event loop."""
+        self.say(event)
+        self.outbox.put_nowait(None)
+
+    def run(self, send: Callable[[bytes], object]) -> dict:
+        """Generate until done or left, handing lines to `send`; → the event that ends them. Never raises."""
+        try:
+            with closing(self.events()) as events:
+                for event in events:
+                    if self.is_left.is_set():
+                        break
+                    send(_line(event))
+        except UserError as error:
+            return _error_event(" ".join(error.problems))
+        except Exception as error:
+            logger.exception("a generation failed")
+            reason = next(iter(str(error).splitlines()), "")
+            return _error_event(f"the generation failed: {type(error).__name__}: {reason}")
+        return {"event": "done"}
+
+
+def _line(event: dict) -> bytes:
+    return json.dumps(event, allow_nan=False).encode() + b"\n"
+
+
+def _error_event(message: str) -> dict:
+    return {"event": "error", "message": message}
+
+
+class Line:
+    """Jobs, first come, first served: the first runs, the others wait. All methods are for the event loop."""
+
+    def __init__(self, max_waiting: int):
+        self.max_waiting = max_waiting
+        self.jobs: list[Job] = []
+        self.is_open = True
+        self.thread = ThreadPoolExecutor(1, "generation")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes no more jobs."""
+        return not self.is_open or len(self.jobs) > self.max_waiting
+
+    def join(self, job: Job) -> None:
+        """Run it, or have it wait at the end of the line."""
+        self.jobs.append(job)
+        if len(self.jobs) == 1:
+            self._start()
+        else:
+            self._tell_places(from_place=len(self.jobs) - 1)
+
+    def leave(self, job: Job) -> None:
+        """Its client is gone, or has all. A job that runs stops within a step, then the next one starts."""
+        job.is_left.set()
+        if job in self.jobs[1:]:
+            self._remove(self.jobs.index(job))
+
+    def close(self) -> None:
+        """End all jobs and tell their clients."""
+        self.is_open = False
+        for job in self.jobs:
+            job.is_left.set()
+            job.end(_error_event("the server is being stopped."))
+        del self.jobs[1:]
+
+    def _start(self) -> None:
+        loop, job = asyncio.get_running_loop(), self.jobs[0]
+        send = lambda line: loop.call_soon_threadsafe(job.outbox.put_nowait, line)
+        loop.run_in_executor(self.thread, job.run, send).add_done_callback(self._finish)
+
+    def _finish(self, ran: asyncio.Future[dict]) -> None:
+        job = self.jobs[0]
+        self._remove(0)
+        if self.jobs:
+            self._start()
+        job.end(ran.result())  # after it made room: its client may ask for more at once
+
+    def _remove(self, place: int) -> None:
+        del self.jobs[place]
+        self._tell_places(max(place, 1))
+
+    def _tell_places(self, from_place: int) -> None:
+        for ahead, job in enumerate(self.jobs[from_place:], start=from_place):
+            job.say({"event": "queued", "ahead": ahead})
+
+
+class _Refusal(Exception):
+    """A request that is answered with a status and one line."""
+
+    def __init__(self, status: int, line: str, **headers: str):
+        super().__init__(line)
+        self.status, self.line, self.headers = status, line, headers
+
+
+class _Site:
+    def __init__(self, student: Student, page: str, token: str | None, limits: Limits):
+        self.student, self.page, self.token, self.limits = student, page.encode(), token, limits
+        self.line = Line(limits.max_waiting)
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler) -> web.StreamResponse:
+        """Let through who may; answer whatever goes wrong before a stream has begun."""
+        try:
+            self.check_sender(request)
+            return await handler(request)
+        except _Refusal as error:
+            refusal = error
+        except UserError as error:
+            refusal = _Refusal(400, " ".join(error.problems))
+        except web.HTTPException as error:
+            allowed = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+            refusal = _Refusal(error.status, f"{error.reason}.", **allowed)
+        except ConnectionError:  # the client is gone
+            raise
+        except Exception:
+            logger.exception("a request failed")
+            refusal = _Refusal(500, "the server failed: its log says where.")
+        if request.path == "/":
+            return web.Response(status=refusal.status, text=f"{refusal.line}\n", headers=refusal.headers)
+        return web.json_response({"error": refusal.line}, status=refusal.status, headers=refusal.headers)
+
+    def check_sender(self, request: web.Request) -> None:
+        """Raises _Refusal for a request that this server must not answer."""
+        if self.token:
+            scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+            given = request.query.get("token", "") if request.path == "/" else bearer * (scheme.lower() == "bearer")
+            is_known = hmac.compare_digest(given.encode(errors="surrogatepass"), self.token.encode())
+            if not is_known and request.path != "/favicon.ico":
+                line = "this server asks for its token: open the address that it printed when it started."
+                raise _Refusal(401, line, **{"WWW-Authenticate": "Bearer"})
+            return
+        host, origin = request.headers.get("Host", "").lower(), request.headers.get("Origin")
+        if not LOOPBACK.fullmatch(host):
+            raise _Refusal(403, "this server answers to localhost and 127.0.0.1 alone.")
+        own = (None, f"http://{host}", f"https://{host}")
+        if request.method == "POST" and origin not in own:
+            raise _Refusal(403, "this server answers to its own page alone, not to other sites.")
+
+    async def get_page(self, _: web.Request) -> web.Response:
+        """GET /"""
+        return web.Response(body=self.page, content_type="text/html", charset="utf-8")
+
+    async def get_icon(self, _: web.Request) -> web.Response:
+        """GET /favicon.ico"""
+        return web.Response(status=204)
+
+    async def post_generate(self, request: web.Request) -> web.StreamResponse:
+        """POST /api/generate"""
+        if request.content_type != "application/json":
+            raise _Refusal(415, "Content-Type must be application/json.")
+        try:
+            body = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise _Refusal(413, f"the body is larger than {self.limits.max_bytes:,} bytes.") from None
+        except web.RequestPayloadError:
+            raise _Refusal(400, "the body is not what its Content-Encoding says.") from None
+        task = read_task(body, self.student, self.limits)
+        if self.line.is_full:
+            why = f"{self.limits.max_waiting} generations are waiting already" if self.line.is_open else "being stopped"
+            raise _Refusal(503, f"{why}: try again later.", **{"Retry-After": str(RETRY_SECONDS)})
+        job = Job(lambda: generate(self.student, task))
+        self.line.join(job)
+        try:
+            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+            await response.prepare(request)
+            while (line := await job.outbox.get()) is not None:
+                await response.write(line)
+            await response.write_eof()
+            return response
+        finally:
+            self.line.leave(job)
+
+    async def set_headers(self, _: web.Request, response: web.StreamResponse) -> None:
+        """Those of all responses."""
+        response.headers.update(HEADERS)
+
+    async def end_streams(self, _: web.Application) -> None:
+        """Before clients are waited for."""
+        self.line.close()
+
+    async def end_thread(self, _: web.Application) -> None:
+        """While the event loop still is there for what the thread does last."""
+        await asyncio.to_thread(self.line.thread.shutdown)
+
+
+def make_app(student: Student, page: str, token: str | None, limits: Limits) -> web.Application:
+    """The routes: GET / is `page`, POST /api/generate streams events, a JSON object a line. With `token` both ask for
+    it; without, only requests under a loopback name are answered."""
+    site = _Site(student, page, token, limits)
+    app = web.Application(middlewares=[site.guard], client_max_size=limits.max_bytes)
+    app.router.add_get("/", site.get_page)
+    app.router.add_get("/favicon.ico", site.get_icon)
+    app.router.add_post("/api/generate", site.post_generate)
+    app.on_response_prepare.append(site.set_headers)
+    app.on_shutdown.append(site.end_streams)
+    app.on_cleanup.append(site.end_thread)
+    return app
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, on any free port for 0. Raises UserError where that cannot be."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port} must be from 1 to 65535, or 0 for any that is free.")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family)
+    except (socket.gaierror, UnicodeError):
+        raise UserError(f"--host {host!r} is no known address. Valid: 127.0.0.1, or 0.0.0.0 for all.") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"--port {port} is in use: choose another one, or 0 for any that is free.") from None
+        if error.errno == errno.EACCES:
+            raise UserError(f"--port {port} is for the system: choose one from 1024 on, or 0 for any.") from None
+        raise UserError(f"--host {host} is not of this machine. Valid: 127.0.0.1, or 0.0.0.0 for all.") from None
+
+
+def choose_token(given: str | None, listener: socket.socket) -> str | None:
+    """`given`, else a new one, else None where only this machine can connect. Raises UserError."""
+    if given is not None and not TOKEN.fullmatch(given):
+        raise UserError("--token must be 8 or more of the characters A-Z a-z 0-9 . _ ~ - and nothing else.")
+    return given or (None if _ip(listener).is_loopback else secrets.token_urlsafe())
+
+
+def address(listener: socket.socket, token: str | None) -> str:
+    """Where a browser finds the page; this machine's name for a socket that listens on all its addresses."""
+    ip, port = _ip(listener), listener.getsockname()[1]
+    host = socket.gethostname() if ip.is_unspecified else f"[{ip}]" if ip.version == 6 else ip
+    return f"http://{host}:{port}/" + (f"?token={token}" if token else "")
+
+
+def _ip(listener: socket.socket) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    return ipaddress.ip_address(listener.getsockname()[0])
+
+
+async def start(app: web.Application, listener: socket.socket) -> web.AppRunner:
+    """Answer on `listener` from now on; the runner's cleanup() ends it."""
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, logger=silent, shutdown_timeout=SHUTDOWN_SECONDS
+    )
+    await runner.setup()
+    await web.SockSite(runner, listener).start()
+    return runner
+
+
+async def serve(app: web.Application, listener: socket.socket, announce: Callable[[], None]) -> None:
+    """Answer on `listener` until SIGINT or SIGTERM; `announce` is called when both would be heard."""
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    runner = await start(app, listener)
+    announce()
+    await stopped.wait()
+    await runner.cleanup()
