@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Validation perplexity of a run's newest checkpoint, or of any model folder, on all held-out tokens; or benchmarks.
+"""Validation perplexity of a run's newest checkpoint, or of any model folder, on all held-out tokens; or benchmarks;
+or how well concepts steer it.
 
 python tools/evaluate.py runs/tiny
 python tools/evaluate.py assets/teacher --data data/wiki/valid
 python tools/evaluate.py runs/tiny --tasks paper --limit 100
 python tools/evaluate.py runs/tiny --tasks hellaswag,piqa --all-checkpoints
+python tools/evaluate.py runs/tiny --steering --concepts 20 --scales=-8,0,8
 """
 
 import argparse
@@ -26,10 +28,19 @@ from megacocomix.evaluation.harness import (
 )
 from megacocomix.evaluation.perplexity import all_checkpoints, earlier_evaluation, evaluate_folder, write_result
 
+STEERING = ("concepts", "scales", "place", "prompts", "prompt_tokens", "new_tokens", "seed", "teacher", "sae")
+STEERING += ("no_teacher_steering",)
+
 
 def main() -> None:
     """Parse the command line, evaluate, print."""
     options = parse()
+    given = {name: value for name in STEERING if (value := getattr(options, name)) is not None}
+    if options.steering:
+        return steer(options, given)
+    if given:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} is only for --steering.")
+    options.batch = 8 if options.batch is None else options.batch
     without = {"--limit": options.limit, "--tasks-data": options.tasks_data} if options.tasks is None else {}
     without |= {"--data": options.data} if options.tasks is not None else {}
     if alone := [option for option, value in without.items() if value is not None]:
@@ -58,10 +69,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", metavar="RUN|FOLDER", help="a run, a checkpoint of ours or a Hugging Face folder")
     parser.add_argument("--data", metavar="PATH", help="held-out tokens; by default data.valid of the run's config")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="windows or texts at a time (default 8)")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="windows or texts at a time (default 8; 256 of --steering)"
+    )
     parser.add_argument("--tasks", metavar="A,B", help="benchmarks instead: paper, or names of lm-evaluation-harness")
     parser.add_argument(
         "--tasks-data",
@@ -71,7 +86,41 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     parser.add_argument("--all-checkpoints", action="store_true", help="every checkpoint of a run that is not done yet")
     parser.add_argument("--out", metavar="FILE", help="also write the result of a Hugging Face folder here, as JSON")
+    parser.add_argument(
+        "--steering", action="store_true", help="how well steering works instead, judged by the teacher"
+    )
+    steering = parser.add_argument_group("of --steering alone")
+    steering.add_argument("--concepts", metavar="N|A,B", help="those most often kept (default 50), or these ids")
+    steering.add_argument("--scales", metavar="A,B", help="written --scales=-4,0,8 (default =-10,-4,0,2,4,8,10)")
+    steering.add_argument("--place", choices=("before", "after"), help="the largest are kept; default before")
+    steering.add_argument("--prompts", type=int, metavar="N", help="beginnings of held-out windows (default 6)")
+    steering.add_argument("--prompt-tokens", type=int, metavar="N", help="of each (default 16)")
+    steering.add_argument("--new-tokens", type=int, metavar="N", help="of each text at most (default 48)")
+    steering.add_argument("--seed", type=int, metavar="N", help="of the first prompt's texts (default 0)")
+    steering.add_argument("--teacher", metavar="DIR", help="who judges; by default the run's own teacher")
+    steering.add_argument("--sae", metavar="FILE", help="the teacher's autoencoder, whose latents are the concepts")
+    steering.add_argument(
+        "--no-teacher-steering", action="store_true", default=None, help="do not steer the teacher beside the student"
+    )
     return parser.parse_args()
+
+
+def steer(options: argparse.Namespace, given: dict) -> None:
+    """Steering; `given` are those of its options that were given."""
+    from megacocomix.interpret.steering_curve import CurveSettings, measure_steering, parse_concepts, parse_scales
+    from megacocomix.interpret.steering_plot import table
+
+    for name in ("tasks", "tasks_data", "limit", "all_checkpoints"):
+        if getattr(options, name) is not (False if name == "all_checkpoints" else None):
+            raise UserError(f"--{name.replace('_', '-')} is not for --steering.")
+    files = {name: given.pop(name, None) for name in ("teacher", "sae")}
+    given |= {} if options.batch is None else {"batch": options.batch}
+    for name, read in (("concepts", parse_concepts), ("scales", parse_scales)):
+        given |= {name: read(given[name])} if name in given else {}
+    settings = CurveSettings(steers_teacher=not given.pop("no_teacher_steering", False), **given)
+    result = measure_steering(options.model, settings, options.data, **files, out=options.out)
+    print("\n".join(table(result)))
+    print(f"written to {result['file']}, and as a picture beside it")
 
 
 def validate(folder: Path, options: argparse.Namespace) -> list[str]:

@@ -1,0 +1,203 @@
+"""What steered texts are like, in numbers. The judge is the teacher, which reads prompt and continuation as one text:
+its autoencoder says how strongly the steered concept's latent is active on the new tokens, its head how probable
+they are.
+
+A concept is steered with success where that activation is above the unsteered texts'. What that can mean, other texts
+of the same prompts and seeds say:
+
+others: another concept's latent, on the same texts: what the push alone does to a latent.
+rank:   the concept's latent, on the texts that the other concepts steered: in which share of them it is less active.
+        By chance that is a half, whatever luck the few unsteered texts had.
+
+All means are over tokens: a text that ends early counts with the tokens it has, its end among them.
+
+Shapes: B texts, G of them at a time, T tokens of a text, N new ones, S scales, C concepts that are steered, L latents
+of the autoencoder, K of them active, V vocabulary.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megacocomix.evaluation.perplexity import perplexity
+from megacocomix.teacher.cut import Teacher
+from megacocomix.teacher.labels import in_pieces
+from megacocomix.teacher.sae import SAE
+
+PER_CONCEPT = ("activation", "active", "promoted", "kept")
+"""What is asked for each of the concepts."""
+JUDGED_TEXTS = 512
+"""Texts of which everything is held at once."""
+
+
+class Text(NamedTuple):
+    """A continuation."""
+
+    tokens: list[int]
+    kl: list[float]
+    """Of its steps, in nats."""
+    kept: Counter[int]
+    """At how many steps each concept was kept."""
+
+
+class Sums(NamedTuple):
+    """Of a setting's texts, over their new tokens. First the unsteered setting, then all concepts at the first
+    scale, then all at the second: arrays [1 + S·C], or [1 + S·C, C] of what is asked for each of the concepts."""
+
+    tokens: np.ndarray
+    loss: np.ndarray
+    """Of the teacher, in nats."""
+    kl: np.ndarray
+    activation: np.ndarray
+    active: np.ndarray
+    """Tokens at which the latent is active."""
+    promoted: np.ndarray
+    """Tokens that are among the concept's most promoted ones."""
+    kept: np.ndarray
+
+
+def judge(
+    teacher: Teacher,
+    sae: SAE,
+    vocab_size: int,
+    prompts: list[list[int]],
+    texts: list[Text],
+    concepts: list[int],
+    promoted: np.ndarray,
+) -> Sums:
+    """What the teacher says of the texts, and what else is counted on them; `promoted` are token ids [C, any]."""
+    # A few settings at a time: what is read of all tokens and all concepts would not fit a memory.
+    size = len(prompts) * max(1, JUDGED_TEXTS // len(prompts))
+    parts = [
+        _judge(teacher, sae, vocab_size, prompts, texts[start : start + size], concepts, promoted)
+        for start in range(0, len(texts), size)
+    ]
+    return Sums(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def _judge(teacher, sae, vocab_size, prompts, texts, concepts, promoted) -> Sums:
+    num_before, num_new = len(prompts[0]), max(len(text.tokens) for text in texts)
+    rows = zip(prompts * (len(texts) // len(prompts)), texts, strict=True)
+    # Padding is on the right, where no token before it sees it.
+    padded = [prompt + text.tokens + [0] * (num_new - len(text.tokens)) for prompt, text in rows]
+    device = sae.decoder.device
+    tokens_BT, ids_C = torch.tensor(padded, device=device), torch.tensor(concepts, device=device)
+
+    def read(tokens_GT: Tensor) -> Tensor:
+        """[G, T] → [G, N, 1 + C]: the loss, and the latents of the concepts."""
+        logits_GNV = teacher.logits(tokens_GT)[:, num_before - 1 : -1, :vocab_size].float()
+        loss_GN = F.cross_entropy(logits_GNV.transpose(1, 2), tokens_GT[:, num_before:], reduction="none")
+        index_GNK, value_GNK = sae.encode(teacher.hidden(tokens_GT)[:, num_before:])
+        latent_GNL = torch.zeros(*loss_GN.shape, sae.num_latents, device=device)
+        latent_GNL.scatter_add_(-1, index_GNK, value_GNK)
+        return torch.cat((loss_GN[..., None], latent_GNL[..., ids_C]), dim=-1)
+
+    found_BNx = in_pieces(tokens_BT, tokens_BT.shape[1], read).double().cpu().numpy()
+    new_BN = tokens_BT[:, num_before:].cpu().numpy()
+    length_B = np.array([len(text.tokens) for text in texts])
+    is_new_BN = np.arange(num_new) < length_B[:, None]
+    latent_BNC = found_BNx[..., 1:] * is_new_BN[..., None]
+    is_promoted_VC = np.zeros((vocab_size, len(concepts)), bool)
+    is_promoted_VC[promoted.T, np.arange(len(concepts))] = True
+    # Settings are rows of as many texts as there are prompts.
+    pool = lambda x_Bx: x_Bx.reshape(-1, len(prompts), *x_Bx.shape[1:]).sum(1)
+    return Sums(
+        tokens=pool(length_B),
+        loss=pool((found_BNx[..., 0] * is_new_BN).sum(1)),
+        kl=pool(np.array([sum(text.kl) for text in texts])),
+        activation=pool(latent_BNC.sum(1)),
+        active=pool((latent_BNC > 0).sum(1)),
+        promoted=pool((is_promoted_VC[new_BN] & is_new_BN[..., None]).sum(1)),
+        kept=pool(np.array([[text.kept[concept] for concept in concepts] for text in texts])),
+    )
+
+
+def summarise(sums: Sums, scales: Sequence[float]) -> dict:
+    """The unsteered texts, and those of each scale: what they are like, and in how many concepts they are above the
+    unsteered ones. `concepts` are lists in the order of the concepts."""
+    first = {name: getattr(sums, name)[0] / sums.tokens[0] for name in PER_CONCEPT}
+    num_concepts = len(first["activation"])
+    following = np.roll(np.arange(num_concepts), -1)
+    steered = []
+    for place, scale in enumerate(scales):
+        at = slice(1 + place * num_concepts, 1 + (place + 1) * num_concepts)
+        tokens_C = sums.tokens[at]
+        means = {name: getattr(sums, name)[at] / tokens_C[:, None] for name in PER_CONCEPT}
+        own = {name: np.diagonal(mean_CC) for name, mean_CC in means.items()}
+        others_C = means["activation"][np.arange(num_concepts), following]
+        rank_C = ranks(means["activation"])
+        loss_C = sums.loss[at] / tokens_C
+        values = own | {"others": others_C, "rank": rank_C, "loss": loss_C, "kl": sums.kl[at] / tokens_C}
+        steered.append(
+            {
+                "scale": scale,
+                "num_tokens": int(tokens_C.sum()),
+                "activation": compare(own["activation"], first["activation"]),
+                "others": compare(others_C, first["activation"][following]) if num_concepts > 1 else None,
+                "promoted": compare(own["promoted"], first["promoted"]),
+                "rank": mean_and_error(rank_C),
+                "active": float(own["active"].mean()),
+                "kept": float(own["kept"].mean()),
+                "perplexity": perplexity(float(sums.loss[at].sum() / tokens_C.sum())),
+                "loss": mean_and_error(loss_C),
+                "kl": float(sums.kl[at].sum() / tokens_C.sum()),
+                "concepts": {name: _rounded(each) for name, each in values.items()},
+            }
+        )
+    loss = float(sums.loss[0] / sums.tokens[0])
+    unsteered = {"num_tokens": int(sums.tokens[0]), "perplexity": perplexity(loss), "loss": loss}
+    unsteered |= {name: float(each.mean()) for name, each in first.items()}
+    return {"unsteered": unsteered | {"concepts": {n: _rounded(e) for n, e in first.items()}}, "steered": steered}
+
+
+def compare(steered_C: np.ndarray, unsteered_C: np.ndarray) -> dict:
+    """In how many concepts a number went up or down, and whether chance would do that too (two-sided sign test, which
+    takes concepts for independent, though all are compared with the same few unsteered texts: `rank` is sharper); the
+    mean over concepts, its difference from the unsteered mean with the standard error over concepts, and their ratio,
+    None where nothing was there."""
+    difference_C = steered_C - unsteered_C
+    raised, lowered = int((difference_C > 0).sum()), int((difference_C < 0).sum())
+    change, base = mean_and_error(difference_C), float(unsteered_C.mean())
+    return {
+        "raised": raised,
+        "lowered": lowered,
+        "equal": len(difference_C) - raised - lowered,
+        "p_value": sign_test(raised, lowered),
+        "mean": float(steered_C.mean()),
+        "difference": change["mean"],
+        "standard_error": change["standard_error"],
+        "ratio": float(steered_C.mean()) / base if base else None,
+    }
+
+
+def sign_test(raised: int, lowered: int) -> float:
+    """The probability of a split at least as uneven, where up and down are as likely; two-sided, ties left out."""
+    total, fewer = raised + lowered, min(raised, lowered)
+    return min(1.0, 2 * sum(math.comb(total, count) for count in range(fewer + 1)) / 2**total)
+
+
+def ranks(mean_CC: np.ndarray) -> np.ndarray:
+    """Means [the steered concept, the latent that is read] → of each concept, in which share of the others' texts
+    its latent is less active than in its own; of ties a half. [C], NaN of a single concept."""
+    own_C = np.diagonal(mean_CC)
+    below = (mean_CC < own_C).sum(0) + 0.5 * ((mean_CC == own_C).sum(0) - 1)
+    return below / (len(own_C) - 1) if len(own_C) > 1 else np.full(1, np.nan)
+
+
+def mean_and_error(values_C: np.ndarray) -> dict:
+    """The mean, and its standard error; None of what cannot be had of so few."""
+    size = len(values_C)
+    error = float(values_C.std(ddof=1) / math.sqrt(size)) if size > 1 else None
+    mean = float(values_C.mean())
+    return {"mean": mean if math.isfinite(mean) else None, "standard_error": error}
+
+
+def _rounded(values_C: np.ndarray) -> list[float | None]:
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values_C.tolist()]
