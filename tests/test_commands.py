@@ -72,7 +72,8 @@ def test_every_readme_command_runs(checkout, root):
             continue
         elif "sweep.py" in command:  # an hour
             command = f"{command} --dry-run"
-        elif "fetch_eval_data" in command or "--tasks" in command:  # needs the network
+        # Two need the network, one serves until it is stopped (tests/interpret/test_server.py stops it).
+        elif any(word in command for word in ("fetch_eval_data", "--tasks", "serve.py")):
             command = f"{command} --help"
         elif "pretrain.py" in command:
             command = f"{command} {SHORT}"
@@ -82,6 +83,13 @@ def test_every_readme_command_runs(checkout, root):
         assert code == 0, f"{command}\n{out[-3000:]}\n{err[-3000:]}"
     assert (checkout / "runs/comparison/comparison.md").exists()
     assert list(checkout.glob("runs/tiny/evals/step-00000003-*.json"))
+
+
+def test_a_reader_that_leaves_early_is_no_traceback():
+    program = "from megacocomix.errors import run_cli; run_cli(lambda: [print('x' * 99) for _ in range(9999)] and 0)"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (1, 1, "")
 
 
 MISTAKES = {
@@ -104,6 +112,10 @@ MISTAKES = {
         "launcher/pretrain.py --config configs/tiny.yaml data.train=data/none teacher.labels=configs run=runs/none",
         "data/none does not exist",
     ),
+    "no concepts": ("tools/generate.py assets/teacher --prompt x --steer 3=8", "assets/teacher predicts no concepts"),
+    "nothing to inspect": ("tools/inspect_concepts.py assets/teacher --text README.md", "predicts no concepts"),
+    "nothing to serve": ("tools/serve.py assets/teacher --text README.md", "predicts no concepts"),
+    "a curve of nothing": ("tools/evaluate.py assets/teacher --steering", "predicts no concepts"),
     "nothing to convert": ("tools/convert_checkpoint.py assets --out x --to hf", "holds no model"),
 }
 

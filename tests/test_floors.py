@@ -11,7 +11,7 @@ FLOORS = [
     {"model"},
     {"teacher", "data"},
     {"parallel"},
-    {"checkpoint", "evaluation", "hf"},
+    {"checkpoint", "evaluation", "hf", "interpret"},
     {"validate", "training"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -74,6 +74,7 @@ def test_the_options_page_is_current(root, tmp_path):
         "README.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
+        "docs/concepts.md",
         "docs/experiments.md",
         "docs/evaluation.md",
         "docs/methods.md",
