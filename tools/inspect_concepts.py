@@ -122,6 +122,7 @@ def totals(record: dict) -> Iterator[str]:
     if record["teacher"]:
         yield f"  never a label in this text: {share(total['never_labelled'])}"
         yield f"  never active in the teacher in this text: {share(total['teacher_dead'])}"
+    if record["teacher"] and record["teacher"]["num_labelled"]:
         yield (
             f"labelled positions: {record['teacher']['num_labelled']:,}; the largest concept is a label at "
             f"{percent(total['hit_1'], 1)} of them, one of the 4 largest at {percent(total['hit_4'], 1)}; of the "

@@ -69,7 +69,7 @@ def read_documents(sources: Sequence[Path | str], field: str = "text") -> Iterat
     A .txt file is cut at lines that read <|endoftext|>; the other kinds have a document in the `field` of each row.
     Raises UserError that names the file, and the line where there are lines, for what cannot be read.
     """
-    with tqdm(total=sum(map(_size, sources)) or None, unit="B", unit_scale=True, desc="reading") as bar:
+    with tqdm(total=sum(map(_size, sources)) or None, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
         end = 0
         for source in sources:
             end += _size(source)

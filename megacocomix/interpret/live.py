@@ -23,11 +23,12 @@ KINDS = {
     "temperature": (float, "a number"),
     "top_k": (int, "a whole number"),
     "top_p": (float, "a number"),
+    "min_p": (float, "a number"),
     "seed": (int, "a whole number"),
     "steer": (list, "a list of strings"),
     "place": (str, "a string"),
 }
-SAMPLING = ("temperature", "top_k", "top_p", "seed")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 @dataclass(frozen=True)

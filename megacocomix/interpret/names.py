@@ -26,6 +26,8 @@ STRONGEST = 64
 SIGNS = {"\n": "⏎", "\r": "⏎", "\t": "⇥", " ": "·"}
 WRITTEN = {",": "comma"}
 """Tokens that a list of tokens cannot show."""
+BYTE = "‹byte›"
+"""Of a token that holds a part of a character."""
 UNNAMED = "never kept"
 
 
@@ -39,11 +41,12 @@ class Spelling:
         self.known: dict[int, str] = {}
 
     def __call__(self, token: int) -> str:
-        """Its text; of a part of a character the sign for one that is unfinished."""
+        """Its text, or BYTE."""
         if token == self.tokenizer.eot_id:
             return END_OF_TEXT  # SentencePiece writes nothing
         if token not in self.known:
-            self.known[token] = token_texts(self.tokenizer, [self.before, token])[1]
+            text = token_texts(self.tokenizer, [self.before, token])[1]
+            self.known[token] = BYTE if UNFINISHED in text else text
         return self.known[token]
 
 
@@ -126,7 +129,7 @@ def _words(texts) -> list[str]:
     found: dict[str, str] = {}
     for text in texts:
         word = readable(text)
-        if word and UNFINISHED not in word:
+        if word and word != BYTE:
             found.setdefault(word.casefold(), word)
     return list(found.values())[:MOST_WORDS]
 

@@ -56,6 +56,7 @@ INVALID = {
     b'{"prompt": "a", "temperature": -1}': "temperature -1 must be at least 0",
     b'{"prompt": "a", "temperature": true}': "temperature must be a number",
     b'{"prompt": "a", "top_p": 0}': "top_p 0 must be above 0 and at most 1",
+    b'{"prompt": "a", "min_p": 1}': "min_p 1 must be at least 0 and below 1",
     b'{"prompt": "a", "top_p": "1"}': "top_p must be a number",
     b'{"prompt": "a", "top_k": -1}': "top_k -1 must be at least 1, or 0 for all",
     b'{"prompt": "a", "top_k": 1.5}': "top_k must be a whole number",
