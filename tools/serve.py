@@ -73,7 +73,9 @@ def parse() -> argparse.Namespace:
     text.add_argument("--shown", type=int, metavar="N", help="tokens shown one by one (default 4096)")
     text.add_argument("--teacher", metavar="DIR", help="where the folder does not say it, or it moved; with --sae")
     text.add_argument("--sae", metavar="FILE", help="autoencoder of --teacher")
-    text.add_argument("--no-teacher", action="store_true", help="read the student alone, without its teacher's labels")
+    text.add_argument(
+        "--no-teacher", action="store_true", default=None, help="read the student alone, without its teacher's labels"
+    )
     text.add_argument("--names", metavar="FILE", help="names of your own, YAML or JSON, such as 12: website")
     return parser.parse_args()
 
@@ -81,7 +83,7 @@ def parse() -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """Everything that can be said before anything is loaded; and the defaults of what is for --text alone."""
     of_text = ("tokens", "shown", "names", "teacher", "sae", "no_teacher")
-    if options.inspection and (given := [name for name in of_text if getattr(options, name)]):
+    if options.inspection and (given := [name for name in of_text if getattr(options, name) is not None]):
         raise UserError(f"--{given[0].replace('_', '-')} is for --text: --inspection shows what was read before.")
     options.tokens = 65536 if options.tokens is None else options.tokens
     options.shown = 4096 if options.shown is None else options.shown

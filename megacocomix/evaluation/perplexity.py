@@ -54,6 +54,7 @@ def load_cocomix(folder: Path) -> nn.Module:
     from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         model, said = CocomixForCausalLM.from_pretrained(
@@ -66,6 +67,8 @@ def load_cocomix(folder: Path) -> nn.Module:
         )
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded ({' '.join(str(error).split()):.200}).") from None
+    finally:
+        logging.set_verbosity(verbosity)
     # transformers draws what is missing, or of another size.
     mismatched = {key for key, *_ in said["mismatched_keys"]}
     if unfit := sorted({*said["missing_keys"], *said["unexpected_keys"], *mismatched}):

@@ -230,6 +230,7 @@ def test_an_inspection_of_other_weights_is_refused(tool, model_folder, monkeypat
     [
         (["--text", "x", "--max-new-tokens", "0"], "--max-new-tokens 0 must be 1 or more."),
         (["--inspection", "x", "--names", "y"], "--names is for --text"),
+        (["--inspection", "x", "--tokens", "0"], "--tokens is for --text"),
         (["--inspection", "x", "--port", "70000"], "--port 70000 must be from 1 to 65535"),
         (["--inspection", "x", "--port", "0", "--token", "?"], "--token must be 8 or more"),
     ],
