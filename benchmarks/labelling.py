@@ -110,14 +110,14 @@ def ours(lm, sae: dict, device: str, row: str):
     """What training and tools/label_concepts.py run."""
     import torch
 
-    from megacocomix.config import ModelConfig
+    from megacocomix.checkpoint.hf_names import load_hf_weights
+    from megacocomix.config.schema import ModelConfig
     from megacocomix.model.gpt2 import GPT2
-    from megacocomix.model.hf_names import load_hf_weights
-    from megacocomix.teacher.cut import Teacher
+    from megacocomix.sae.formats import from_openai
+    from megacocomix.sae.model import SAEForm
     from megacocomix.teacher.labels import ConceptLabeler, LabelSettings
     from megacocomix.teacher.load import gpt2_teacher
-    from megacocomix.teacher.sae import SAEForm
-    from megacocomix.teacher.sae_formats import from_openai
+    from megacocomix.teacher.model import Teacher
 
     shape = ModelConfig(
         num_layers=LAYERS, hidden_size=WIDTH, num_heads=HEADS, context=CONTEXT, vocab_size=VOCAB, dropout=0.0

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # their number differently.
 processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-from megacocomix.config import load_config  # noqa: E402
-from megacocomix.errors import EXIT_USER, UserError, run_cli, say_problems  # noqa: E402
+from megacocomix.config.load import load_config  # noqa: E402
+from megacocomix.errors import EXIT_USER, UserError, print_errors, run_cli  # noqa: E402
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
 
+    from megacocomix.config.rules import check_config
     from megacocomix.parallel.runtime import start_runtime, stop_runtime
-    from megacocomix.validate import check_config
 
     # Before the processes meet, which takes its time and may fail for another reason.
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
@@ -45,7 +45,7 @@ def main() -> None:
         code = train(config, runtime)
     except UserError as error:
         if runtime.is_main:
-            say_problems(error)
+            print_errors(error)
         code = EXIT_USER
     stop_runtime()
     # All is written and closed. Threads of the native libraries race with the interpreter's own end, which under load

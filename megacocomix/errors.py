@@ -27,7 +27,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" Did you mean {close[0]}?" if close else f" Valid: {' '.join(valid)}."
 
 
-def say_problems(error: UserError) -> None:
+def print_errors(error: UserError) -> None:
     """Print a line a problem on stderr."""
     print("\n".join(f"error: {line}" for line in error.problems), file=sys.stderr, flush=True)
 
@@ -44,7 +44,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except UserError as error:
         # Before the ranks of a job have met, each knows only of itself; usually all meet the same mistake.
         if os.environ.get("RANK", "0") == "0":
-            say_problems(error)
+            print_errors(error)
         code = EXIT_USER
     except OSError as error:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -1,30 +1,52 @@
-"""What several rooms do with files."""
+"""Files that appear whole or not at all, and their hashes."""
 
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal; reads it in pieces."""
+    """SHA-256 of a file's content, in hexadecimal; reads it in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write it whole or not at all: a full disk or a kill leaves what was there before."""
-    unfinished = file.with_name(file.name + ".new")
+@contextmanager
+def write_aside(path: str | Path) -> Iterator[Path]:
+    """Yields where to write a file, or make a folder, that takes the name `path` when the block ends. Where the block
+    raises, nothing is left of it and what was at `path` before stays: a full disk or a kill costs nothing. The parent
+    folder is made; a folder must not exist at `path` yet."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    _remove(aside)  # of a process that was killed
     try:
-        with open(unfinished, "w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(unfinished, file)
+        yield aside
+        if aside.is_file():
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(aside, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        _remove(aside)
 
 
-def write_json(file: Path, value: dict) -> None:
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Write text, whole or not at all."""
+    with write_aside(file) as aside:
+        aside.write_text(text)
+
+
+def write_json(file: str | Path, value: dict) -> None:
     """Write a value as JSON, whole or not at all."""
     write_text(file, json.dumps(value, indent=1) + "\n")

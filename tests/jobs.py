@@ -2,11 +2,11 @@
 
 import torch
 
-from megacocomix.config import Config
+from megacocomix.config.schema import Config
 from megacocomix.errors import UserError
 
 
-def train_all(configs: list[Config]) -> list[tuple[int, list[str]]]:
+def train_all(configs: list[Config], on_event=lambda event, trainer: None) -> list[tuple[int, list[str]]]:
     """Train one config after the other; exit code and problems of each."""
     from megacocomix.parallel.runtime import start_runtime, stop_runtime
     from megacocomix.training.trainer import train
@@ -15,13 +15,13 @@ def train_all(configs: list[Config]) -> list[tuple[int, list[str]]]:
     runtime, outcomes = start_runtime(), []
     for config in configs:
         try:
-            outcomes.append((train(config, runtime), []))
+            outcomes.append((train(config, runtime, on_event), []))
         except UserError as error:
             outcomes.append((2, error.problems))
     stop_runtime()
     return outcomes
 
 
-def train(config: Config) -> tuple[int, list[str]]:
+def train(config: Config, on_event=lambda event, trainer: None) -> tuple[int, list[str]]:
     """Train one config."""
-    return train_all([config])[0]
+    return train_all([config], on_event)[0]

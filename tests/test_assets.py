@@ -10,9 +10,9 @@ from megacocomix.data.prepare import prepare_data
 from megacocomix.data.tokens import TokenDataset, TokenShards
 from megacocomix.evaluation.perplexity import evaluate_folder
 from megacocomix.files import file_sha256
+from megacocomix.sae.file import load_sae
+from megacocomix.sae.measure import measure_sae
 from megacocomix.teacher.load import load_teacher
-from megacocomix.teacher.sae_file import load_sae
-from megacocomix.teacher.sae_measure import measure_sae
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from megacocomix.config import load_config
-from megacocomix.validate import check_config
+from megacocomix.config.load import load_config
+from megacocomix.config.rules import check_config
 
 # The README's runs, cut short.
 SHORT = "training.steps=3 training.global_batch=4 training.micro_batch=2 optimizer.warmup_steps=1 evaluation.batches=1"

@@ -3,16 +3,21 @@
 import ast
 import re
 import subprocess
+import sys
 
 import pytest
 
 FLOORS = [
-    {"errors", "config", "files", "hub", "method", "pickles", "section", "yaml_text"},
-    {"model"},
-    {"teacher", "data"},
+    {"errors", "files", "hub", "pickles"},
+    {"config"},
+    {"model", "data"},
     {"parallel"},
-    {"checkpoint", "evaluation", "hf", "interpret"},
-    {"validate", "training"},
+    {"checkpoint"},
+    {"sae", "teacher"},
+    {"hf"},
+    {"evaluation", "compare"},
+    {"interpret"},
+    {"training"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -41,6 +46,11 @@ def test_no_import_goes_up(root):
                 assert FLOOR[there] <= FLOOR[here], f"{path.relative_to(root)} imports {module}"
 
 
+def test_a_config_is_read_without_torch(root):
+    code = "import sys, megacocomix.config.load, megacocomix.config.rules; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
 def test_the_model_imports_nothing_distributed(root):
     for path in (root / "megacocomix/model").glob("*.py"):
         for module in imported_modules(path):
@@ -53,13 +63,13 @@ def test_deepspeed_is_touched_in_one_file(root):
         for p in (root / "megacocomix").rglob("*.py")
         if any(m.startswith("deepspeed") for m in imported_modules(p))
     ]
-    # The second calls one public function, the one that joins the partitions of a ZeRO checkpoint.
-    assert sorted(users) == ["zero.py", "zero_files.py"]
+    # The first calls one public function, the one that joins the partitions of a ZeRO checkpoint.
+    assert sorted(users) == ["deepspeed.py", "zero.py"]
 
 
 def test_no_file_has_two_ideas(root):
     for path in [*root.glob("megacocomix/**/*.py"), *root.glob("tools/*.py"), *root.glob("launcher/*.py")]:
-        assert len(path.read_text().splitlines()) <= 400, path
+        assert len(path.read_text().splitlines()) <= 600, path
 
 
 def test_the_options_page_is_current(root, tmp_path):

@@ -11,16 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megacocomix.config import build_config
+from megacocomix.checkpoint.hf_names import load_hf_weights, to_hf
+from megacocomix.config.load import build_config
 from megacocomix.model.gpt2 import GPT2, assemble
-from megacocomix.model.hf_names import load_hf_weights, to_hf
 from megacocomix.model.losses import count_labelled, next_token_targets
-from megacocomix.parallel.stage import LocalStages
+from megacocomix.parallel.stage import MicroBatch, StageModule
+from megacocomix.sae.formats import from_openai
+from megacocomix.sae.model import SAEForm
 from megacocomix.teacher.attribution import attribute, select_labels
-from megacocomix.teacher.cut import Teacher
 from megacocomix.teacher.load import gpt2_teacher
-from megacocomix.teacher.sae import SAEForm
-from megacocomix.teacher.sae_formats import from_openai
+from megacocomix.teacher.model import Teacher
 from megacocomix.training.optimizer import build_optimizer, set_learning_rate
 
 LOSS_TOLERANCE = 1e-6  # relative
@@ -163,20 +163,26 @@ def test_student_logits_and_concept_logits(golden, student):
 def test_losses_gradients_and_weights_over_the_steps(golden, config, student):
     case, tensors = golden
     weights = dict(student.named_parameters())
-    alone = SimpleNamespace(tensor=1, pipeline=1, pipeline_rank=0, data=1, device=torch.device("cpu"))
-    stages = LocalStages(config, alone)
+    alone = SimpleNamespace(tensor=1, tensor_rank=0, pipeline=1, pipeline_rank=0, data=1)
+    stages = StageModule(config, alone)
     stages.set_parameters(lambda name: weights[name].detach(), lambda value: torch.nn.Parameter(value.clone()))
-    named = {name: parameter for name, parameter, _ in stages.named_pieces()}
+    named = {name: parameter for name, parameter, _ in stages.named_shards()}
     optimizer = build_optimizer([(name, p.dim(), p) for name, p in named.items()], config.optimizer)
     set_learning_rate(optimizer, config.optimizer.lr)
     for step in range(case["steps"]):
         tokens, labels = tensors["input_ids"][step], tensors[f"labels.{step}"]
-        stages.num_targets, stages.num_predicted = tokens.shape[0] * (tokens.shape[1] - 1), count_labelled(labels)
-        stages.losses.zero_()
+        batch = MicroBatch(
+            tokens,
+            next_token_targets(tokens),
+            num_targets=tokens.shape[0] * (tokens.shape[1] - 1),
+            labels_BMk=labels,
+            num_predicted=count_labelled(labels),
+        )
         optimizer.zero_grad()
-        stages(0, tokens, next_token_targets(tokens), labels).backward()
+        loss, losses = stages(0, None, batch)
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), config.optimizer.clip)
-        next_token, concept, _ = stages.losses.float()
+        next_token, concept, _ = losses.float()
         measured = torch.stack((next_token, concept, next_token + config.method.concept_weight * concept, norm))
         torch.testing.assert_close(measured, tensors[f"loss.{step}"], rtol=LOSS_TOLERANCE, atol=0)
         if step == 0:

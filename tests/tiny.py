@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megacocomix.config import ModelConfig, build_config
-from megacocomix.method import MethodConfig
+from megacocomix.checkpoint.open import LoadedModel
+from megacocomix.config.load import build_config
+from megacocomix.config.method import MethodConfig
+from megacocomix.config.schema import ModelConfig
 from megacocomix.model.gpt2 import GPT2, initialise
-from megacocomix.model.load import LoadedModel
-from megacocomix.teacher.sae import SAE, SAEForm
-from megacocomix.teacher.sae_file import save_sae
+from megacocomix.sae.file import save_sae
+from megacocomix.sae.model import SAE, SAEForm
 
 VOCAB, CONTEXT, LATENTS = 97, 16, 62  # the first and the last divide by no number of tensor ranks, but 62 by 2
 SHAPE = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "context": CONTEXT, "vocab_size": VOCAB}
@@ -32,7 +33,7 @@ def write_tokens(path, num_tokens, seed=0):
 
 def make_teacher(folder):
     """A random GPT-2 in Hugging Face's format, without a tokenizer: its tokens are nobody's."""
-    from megacocomix.checkpoint.hf import export_hf
+    from megacocomix.hf.export import export_hf
 
     shape = ModelConfig(**SHAPE | {"hidden_size": 24}, dropout=0.0)
     model = GPT2(shape)
@@ -90,11 +91,18 @@ def loaded(seed=0, vocab_size=VOCAB, context=CONTEXT, **options):
 
 
 def student(seed=0, **options):
-    """`loaded`, as a student that reads letters."""
-    from megacocomix.checkpoint.hf import to_cocomix
-    from megacocomix.interpret.student import Student
+    """`loaded`, opened, as a student that reads letters."""
+    return opened(loaded(seed, **options), letters())
 
-    return Student(to_cocomix(loaded(seed, **options)), letters(), Path("tiny"), "", None)
+
+def opened(model, tokenizer, path=Path("tiny"), sha256="", config=None):
+    """What `open_model` makes of a model in memory, with a tokenizer that has no files."""
+    from megacocomix.hf.export import to_cocomix
+    from megacocomix.hf.open import OpenModel
+
+    made = OpenModel(to_cocomix(model), path, sha256, config)
+    made.__dict__["tokenizer"] = tokenizer
+    return made
 
 
 def values(folder, run="run"):

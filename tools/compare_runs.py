@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megacocomix.compare import identical
+from megacocomix.compare.groups import read_groups
+from megacocomix.compare.plots import FEW
+from megacocomix.compare.report import results_table, write_report
+from megacocomix.compare.warnings import comparison_warnings
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, UserError, run_cli
-from megacocomix.evaluation import identical
-from megacocomix.evaluation.cautions import cautions
-from megacocomix.evaluation.groups import read_groups
-from megacocomix.evaluation.plots import FEW
-from megacocomix.evaluation.report import results_table, write_report
 
 EXAMPLE = """examples:
   python tools/compare_runs.py runs/69m-ntp runs/69m-cocomix --out runs/comparison
@@ -55,7 +55,7 @@ def main() -> int:
 
     console = Console(soft_wrap=True, highlight=False)
     console.print(terminal_table(*results_table(groups)))
-    for caution in cautions(groups):
+    for caution in comparison_warnings(groups):
         console.print(f"careful: {caution.replace('**', '')}", style="yellow", markup=False)
     for path in (page, *sorted((page.parent / "plots").glob("*.png"))):
         console.print(str(path), markup=False)

@@ -14,17 +14,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacocomix.checkpoint.convert.recognise import open_source
-from megacocomix.checkpoint.convert.sources import Hints
-from megacocomix.checkpoint.convert.write import check_absent, write_native, write_reference
-from megacocomix.checkpoint.hf import export_hf
+from megacocomix.checkpoint.external.convert import check_absent, write_native, write_reference
+from megacocomix.checkpoint.external.source import Hints
+from megacocomix.checkpoint.open import load_model, open_source
 from megacocomix.errors import UserError, run_cli
-from megacocomix.model.load import load_model
+from megacocomix.hf.export import export_hf
 from megacocomix.training.run_folder import code_version
 
 
 def main() -> None:
-    """Parse the command line, convert, print the proof."""
+    """Parse the command line, convert, print the parity."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="a folder of any kind above")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make; never overwritten")
@@ -55,7 +54,7 @@ def main() -> None:
         difference = write_native(source, options.out, options.tokenizer or "", code_version())
     else:
         difference = write_reference(source, options.out)
-    runs_as = "our modules" if source.read_theirs is None else "transformers' GPT-2 blocks"
+    runs_as = "our modules" if source.read_hf is None else "transformers' GPT-2 blocks"
     print(f"{source.path}: {source.kind}, run on {runs_as}")
     print(
         f"{source.path} → {options.out}: max |Δlogit| {difference.logit:.1e}, Δloss {difference.loss:.1e} "
@@ -70,11 +69,11 @@ def _to_hf(options: argparse.Namespace) -> None:
     tokenizer = options.tokenizer or source.config.data.tokenizer
     if not tokenizer:
         raise UserError(f"{options.source} does not say its tokenizer: give --tokenizer.")
-    proof = export_hf(source, options.out, tokenizer, options.dtype)
-    rounding = f"; rounded to bfloat16, the loss moved by {proof.rounding:+.1e}" if options.dtype == "bfloat16" else ""
+    parity = export_hf(source, options.out, tokenizer, options.dtype)
+    rounding = f"; rounded to bfloat16, the loss moved by {parity.rounding:+.1e}" if options.dtype == "bfloat16" else ""
     print(
-        f"{source.path} → {options.out}: max |Δlogit| {proof.logit:.1e}, Δloss {proof.loss:.1e} over "
-        f"{proof.num_tokens} tokens in fp64{rounding}"
+        f"{source.path} → {options.out}: max |Δlogit| {parity.logit:.1e}, Δloss {parity.loss:.1e} over "
+        f"{parity.num_tokens} tokens in fp64{rounding}"
     )
 
 

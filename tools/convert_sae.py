@@ -18,9 +18,9 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacocomix.config import Location
+from megacocomix.config.schema import Location
 from megacocomix.errors import run_cli
-from megacocomix.teacher.sae_convert import SAEConversion, convert_sae, export_saelens
+from megacocomix.sae.convert import SAEConversion, convert_sae, export_saelens
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacocomix.config import Config, section_type
+from megacocomix.config.method import COCOMIX, PRESETS
+from megacocomix.config.schema import Config, section_type
 from megacocomix.errors import run_cli
-from megacocomix.method import COCOMIX, PRESETS
 
 
 def options_page() -> str:

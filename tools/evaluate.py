@@ -26,7 +26,8 @@ from megacocomix.evaluation.harness import (
     results_file,
     tasks_left,
 )
-from megacocomix.evaluation.perplexity import all_checkpoints, earlier_evaluation, evaluate_folder, write_result
+from megacocomix.evaluation.perplexity import all_checkpoints, earlier_evaluation, evaluate_folder
+from megacocomix.files import write_json
 
 STEERING = ("concepts", "scales", "place", "prompts", "prompt_tokens", "new_tokens", "seed", "teacher", "sae")
 STEERING += ("no_teacher_steering",)
@@ -135,7 +136,7 @@ def validate(folder: Path, options: argparse.Namespace) -> list[str]:
         f"{result['num_sequences']:,} windows of {result['context']} tokens of {result['data']}{done}"
     )
     if options.out:
-        write_result(Path(options.out), result)
+        write_json(options.out, result)
         print(f"written to {options.out}")
     elif "file" in result and not done:
         print(f"written to {result['file']}")

@@ -91,13 +91,13 @@ def parse() -> argparse.Namespace:
 
 def generate(options: argparse.Namespace, prompts: list[str], sampling: "Sampling") -> None:
     """Decode a batch at a time, print each text or write it; the only text of a command is streamed."""
+    from megacocomix.hf.open import check_mixes_concepts, open_model
     from megacocomix.interpret.decode import fit_prompt
     from megacocomix.interpret.generation import Decoder, Text, parse_at
-    from megacocomix.interpret.labelling import open_guide
     from megacocomix.interpret.steering import check_distinct, parse_edit
-    from megacocomix.interpret.student import check_mixes_concepts, open_student
+    from megacocomix.interpret.teacher_labels import open_teacher_labels
 
-    student = open_student(options.model)
+    student = open_model(options.model)
     if options.steer:
         check_mixes_concepts(student)
     at = parse_at(options.at or "decoded", student.context)
@@ -106,10 +106,10 @@ def generate(options: argparse.Namespace, prompts: list[str], sampling: "Samplin
     theirs = [parse_edit(text, num_concepts) for text in options.steer_teacher or options.steer]
     check_distinct(edits)
     check_distinct(theirs)
-    guide = open_guide(student, options.teacher, options.sae) if options.side_by_side else None
-    if options.side_by_side and guide is None:
+    source = open_teacher_labels(student, options.teacher, options.sae) if options.side_by_side else None
+    if options.side_by_side and source is None:
         raise UserError(f"{options.model} does not say its teacher: give --teacher DIR --sae FILE.")
-    context = min(student.context, guide.labeler.teacher.context) if guide else student.context
+    context = min(student.context, source.labeler.teacher.context) if source else student.context
     encoded, eot_id = student.tokenizer.encode_batch(prompts), student.tokenizer.eot_id
     fitted = [fit_prompt(ids, context, sampling.max_new_tokens, eot_id) for ids in encoded]
     if cut := sum(num_cut > 0 for _, num_cut in fitted):
@@ -118,7 +118,7 @@ def generate(options: argparse.Namespace, prompts: list[str], sampling: "Samplin
             f"{sampling.max_new_tokens} new ones: only their ends are read.",
             file=sys.stderr,
         )
-    decoder = Decoder(student, guide, sampling, options.place or "before", at)
+    decoder = Decoder(student, source, sampling, options.place or "before", at)
     kinds = [("student", edits)]
     if options.side_by_side:
         kinds = [("student", []), ("student", edits), ("teacher", []), ("teacher", theirs)]

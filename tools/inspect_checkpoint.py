@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacocomix.checkpoint.convert.listing import Listing, list_checkpoint
+from megacocomix.checkpoint.inspect import Listing, list_checkpoint
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, run_cli
 
 

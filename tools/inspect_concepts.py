@@ -25,23 +25,23 @@ def main() -> None:
     options = parse()
     check(options)
 
+    from megacocomix.hf.open import check_has_concepts, open_model
     from megacocomix.interpret.inspection import inspect, write_inspection
-    from megacocomix.interpret.labelling import ALONE, guide_notes, open_guide
     from megacocomix.interpret.names import read_names
     from megacocomix.interpret.reading import cut_windows, read_windows
-    from megacocomix.interpret.student import check_has_concepts, open_student
+    from megacocomix.interpret.teacher_labels import ALONE, open_teacher_labels, teacher_labels_notes
 
-    student = open_student(options.model)
+    student = open_model(options.model)
     check_has_concepts(student)
     num_concepts = student.model.config.num_concepts
     if wrong := [concept for concept in options.concept if not 0 <= concept < num_concepts]:
         raise UserError(*(f"--concept {each} is no concept. Valid: 0 … {num_concepts - 1}." for each in wrong))
     names = read_names(options.names, num_concepts) if options.names else {}
     windows = cut_windows(student, options.text, options.tokens, options.field)
-    guide = None if options.no_teacher else open_guide(student, options.teacher, options.sae, ALONE)
-    notes = windows.notes + ([] if options.no_teacher else guide_notes(student, guide))
+    source = None if options.no_teacher else open_teacher_labels(student, options.teacher, options.sae, ALONE)
+    notes = windows.notes + ([] if options.no_teacher else teacher_labels_notes(student, source))
     print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
-    record = inspect(student, read_windows(student, windows, guide), names, options.shown)
+    record = inspect(student, read_windows(student, windows, source), names, options.shown)
     if options.out:
         write_inspection(options.out, record)
     if options.html:

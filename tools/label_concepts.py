@@ -20,14 +20,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-from megacocomix.config import load_config  # noqa: E402
+from megacocomix.config.load import load_config  # noqa: E402
 from megacocomix.errors import (  # noqa: E402
     EXIT_FINISHED,
     EXIT_REQUEUE,
     EXIT_USER,
     UserError,
+    print_errors,
     run_cli,
-    say_problems,
 )
 
 
@@ -43,8 +43,8 @@ def main() -> int:
 
     import torch
 
+    from megacocomix.config.rules import check_config
     from megacocomix.teacher.label_job import label_all
-    from megacocomix.validate import check_config
 
     check_config(config, config.parallel.tensor * config.parallel.pipeline)
     rank, world, local_rank = (
@@ -58,7 +58,7 @@ def main() -> int:
         flush=True,
     )
     if report.problems:
-        say_problems(UserError(*report.problems))
+        print_errors(UserError(*report.problems))
         return EXIT_USER
     return EXIT_REQUEUE if report.is_stopped else EXIT_FINISHED
 

@@ -20,7 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megacocomix.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    from megacocomix.interpret.student import Student
+    from megacocomix.hf.open import OpenModel
+
+if TYPE_CHECKING:
+    pass
 
 
 def main() -> None:
@@ -28,16 +31,16 @@ def main() -> None:
     options = parse()
     check(options)
 
+    from megacocomix.hf.open import check_has_concepts, open_model
     from megacocomix.interpret.inspection import read_inspection
     from megacocomix.interpret.live import Limits
     from megacocomix.interpret.page import render
     from megacocomix.interpret.server import address, choose_token, listen, make_app, serve
-    from megacocomix.interpret.student import check_has_concepts, open_student
 
     listener = listen(options.host, options.port)
     token = choose_token(options.token, listener)
     record = read_inspection(options.inspection) if options.inspection else None
-    student = open_student(options.model)
+    student = open_model(options.model)
     check_has_concepts(student)
     if record is None:
         record = inspect_text(student, options)
@@ -98,19 +101,19 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(*problems)
 
 
-def inspect_text(student: "Student", options: argparse.Namespace) -> dict:
+def inspect_text(student: "OpenModel", options: argparse.Namespace) -> dict:
     """The inspection record of --text."""
     from megacocomix.interpret.inspection import inspect
-    from megacocomix.interpret.labelling import ALONE, guide_notes, open_guide
     from megacocomix.interpret.names import read_names
     from megacocomix.interpret.reading import cut_windows, read_windows
+    from megacocomix.interpret.teacher_labels import ALONE, open_teacher_labels, teacher_labels_notes
 
     names = read_names(options.names, student.model.config.num_concepts) if options.names else {}
     windows = cut_windows(student, options.text, options.tokens)
-    guide = None if options.no_teacher else open_guide(student, options.teacher, options.sae, ALONE)
-    for note in windows.notes + ([] if options.no_teacher else guide_notes(student, guide)):
+    source = None if options.no_teacher else open_teacher_labels(student, options.teacher, options.sae, ALONE)
+    for note in windows.notes + ([] if options.no_teacher else teacher_labels_notes(student, source)):
         print(f"note: {note}", flush=True)
-    return inspect(student, read_windows(student, windows, guide), names, options.shown)
+    return inspect(student, read_windows(student, windows, source), names, options.shown)
 
 
 if __name__ == "__main__":

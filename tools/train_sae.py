@@ -11,11 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacocomix.config import Location
-from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, run_cli, say_problems
-from megacocomix.evaluation.sae_plot import plot_sae_training
-from megacocomix.parallel.runtime import all_or_none, start_runtime, stop_runtime
-from megacocomix.teacher.sae_job import SAEJob, SAERun
+from megacocomix.config.schema import Location
+from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, print_errors, run_cli
+from megacocomix.parallel.runtime import errors_on_all_ranks, start_runtime, stop_runtime
+from megacocomix.sae.job import SAEJob, SAERun, plot_sae_training
 
 EXAMPLE = """example:
   python tools/train_sae.py --teacher teachers/gpt2 --data data/openwebtext/train --valid data/openwebtext/valid \\
@@ -34,13 +33,13 @@ def main() -> int:
     runtime = start_runtime() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = (runtime.device, runtime.rank, runtime.world) if runtime else (device,)
-    with all_or_none() if runtime else nullcontext():
+    with errors_on_all_ranks() if runtime else nullcontext():
         run = SAERun(job, *place)
     try:
         is_finished = run.train()
     except UserError as error:
         if error.problems:  # of this rank alone
-            say_problems(error)
+            print_errors(error)
         return EXIT_USER
     if runtime:
         stop_runtime()  # the others need not wait for what rank 0 still does

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
+from megacocomix.checkpoint.format import read_checkpoint_manifest
 from megacocomix.errors import UserError
-from megacocomix.model.load import read_checkpoint_manifest
-from megacocomix.parallel.tensor import cut, join, split_dim
+from megacocomix.parallel.tensor import shard, shard_dim, unshard
 from megacocomix.parallel.zero import STATES, Engine, Slice
 
 
@@ -72,11 +72,11 @@ def load_checkpoint(stored: StoredTensors, engine: Engine) -> TrainingState:
     """
     grid = engine.grid
     for state in STATES:
-        for piece in engine.local_slices(state):
-            if len(piece.values):
-                whole = stored.read(_key(state, piece.name))
-                values = cut(piece.name, whole, grid.tensor, grid.tensor_rank).view(-1)
-                piece.values.copy_(values[piece.start : piece.start + len(piece.values)])
+        for each in engine.local_slices(state):
+            if len(each.values):
+                whole = stored.read(_key(state, each.name))
+                values = shard(each.name, whole, grid.tensor, grid.tensor_rank).view(-1)
+                each.values.copy_(values[each.start : each.start + len(each.values)])
     engine.set_step(stored.state.step)
     return stored.state
 
@@ -85,33 +85,33 @@ def _key(state: str, name: str) -> str:
     return name if state == "weight" else f"{state}/{name}"
 
 
-def gather_own_share(engine: Engine) -> tuple[dict, dict]:
+def gather_own_part(engine: Engine) -> tuple[dict, dict]:
     """Whole parameters and whole moments on the CPU: of all those of this stage the ones that this rank writes, dealt
     out by size."""
     grid, weights, moments = engine.grid, {}, {}
     load = [0] * (grid.data * grid.tensor)
     me = grid.data_rank * grid.tensor + grid.tensor_rank
     for state in STATES:
-        for piece in engine.local_slices(state):
-            if piece.is_copy:
+        for each in engine.local_slices(state):
+            if each.is_copy:
                 continue
             owner = load.index(min(load))
-            load[owner] += piece.piece.numel()
-            whole = gather(piece, engine)
+            load[owner] += each.shard_shape.numel()
+            whole = gather(each, engine)
             if owner == me:
-                (weights if state == "weight" else moments)[_key(state, piece.name)] = whole.cpu().clone()
+                (weights if state == "weight" else moments)[_key(state, each.name)] = whole.cpu().clone()
     return weights, moments
 
 
-def gather(piece: Slice, engine: Engine) -> torch.Tensor:
+def gather(own: Slice, engine: Engine) -> torch.Tensor:
     """One parameter whole, on every rank of its stage: first over the data ranks, then over the tensor ranks."""
-    grid, values = engine.grid, piece.values
-    if not piece.is_replicated:
-        values = torch.zeros(piece.piece.numel(), device=piece.values.device)
-        values[piece.start : piece.start + len(piece.values)] = piece.values
+    grid, values = engine.grid, own.values
+    if not own.is_replicated:
+        values = torch.zeros(own.shard_shape.numel(), device=own.values.device)
+        values[own.start : own.start + len(own.values)] = own.values
         dist.all_reduce(values, group=grid.data_group)
-    pieces = [values.view(piece.piece)]
-    if grid.tensor > 1 and split_dim(piece.name) is not None:
-        pieces = [torch.empty_like(pieces[0]) for _ in range(grid.tensor)]
-        dist.all_gather(pieces, values.view(piece.piece), group=grid.tensor_group)
-    return join(piece.name, pieces, engine.stages.whole_shapes[piece.name])
+    shards = [values.view(own.shard_shape)]
+    if grid.tensor > 1 and shard_dim(own.name) is not None:
+        shards = [torch.empty_like(shards[0]) for _ in range(grid.tensor)]
+        dist.all_gather(shards, values.view(own.shard_shape), group=grid.tensor_group)
+    return unshard(own.name, shards, engine.stages.whole_shapes[own.name])

@@ -15,19 +15,19 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from megacocomix.checkpoint.store import TrainingState, gather_own_share
-from megacocomix.config import CheckpointConfig
+from megacocomix.checkpoint.format import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, list_checkpoints
+from megacocomix.checkpoint.store import TrainingState, gather_own_part
+from megacocomix.config.schema import CheckpointConfig
 from megacocomix.files import file_sha256, write_json
-from megacocomix.model.load import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, list_checkpoints
 from megacocomix.parallel.zero import Engine
 
 
 class CheckpointWriter:
     """Writes checkpoints of one run, one at a time. `begin` and `complete` are called by all ranks."""
 
-    def __init__(self, run: Path, engine: Engine, about: dict, options: CheckpointConfig):
-        """`about` (config, code version, inputs) is stored in each manifest as it is."""
-        self.run, self.engine, self.about, self.options = run, engine, about, options
+    def __init__(self, run: Path, engine: Engine, metadata: dict, options: CheckpointConfig):
+        """`metadata` (config, code version, inputs) is stored in each manifest as it is."""
+        self.run, self.engine, self.metadata, self.options = run, engine, metadata, options
         self.runtime = engine.grid.runtime
         self._thread: threading.Thread | None = None
         self._state = TrainingState()
@@ -54,7 +54,7 @@ class CheckpointWriter:
             for left in self.folder.parent.glob(".step-*"):  # of a job that was killed
                 shutil.rmtree(left, ignore_errors=True)
         dist.barrier()
-        weights, moments = gather_own_share(self.engine)
+        weights, moments = gather_own_part(self.engine)
         self._thread = threading.Thread(target=self._write, args=(weights, moments), name="checkpoint")
         self._thread.start()
 
@@ -106,7 +106,7 @@ class CheckpointWriter:
     def _publish(self, files: dict) -> list[str]:
         manifest = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "state": asdict(self._state)}
         try:
-            write_json(self._partial / CHECKPOINT_FILE, manifest | self.about | {"files": files})
+            write_json(self._partial / CHECKPOINT_FILE, manifest | self.metadata | {"files": files})
             if self.folder.exists():  # a damaged one, which was walked past
                 _remove(self.folder)
             os.rename(self._partial, self.folder)

@@ -36,19 +36,19 @@ from megacocomix.files import write_json
 
 BATCH_CHARS = 2**18  # what a worker gets at a time
 COMMIT_SECONDS = 10  # an interruption costs at most about this much work
-PIECE_CHARS = 2**20  # longer documents are tokenised in pieces of about this size
-# A line end between two words: GPT-2's pre-tokeniser cuts there too, so the pieces have the tokens of the whole.
+CHUNK_CHARS = 2**20  # longer documents are tokenised in chunks of about this size
+# A line end between two words: GPT-2's pre-tokeniser cuts there too, so the chunks have the tokens of the whole.
 CUT = re.compile(r"(?<=\S)\n(?=\S)")
 
-Piece = tuple[str, tuple[str, bool]]  # its text, and with it: its split, whether it ends a document
+Chunk = tuple[str, tuple[str, bool]]  # its text, and with it: its split, whether it ends a document
 
 
-def _batches(documents: Iterable[str], valid: float, done: int) -> Iterator[list[Piece]]:
-    """Pieces of documents in batches of about BATCH_CHARS, without the `done` first pieces."""
+def _batches(documents: Iterable[str], valid: float, done: int) -> Iterator[list[Chunk]]:
+    """Chunks of documents in batches of about BATCH_CHARS, without the `done` first chunks."""
     batch, size = [], 0
-    for piece in islice(_pieces(documents, valid), done, None):
-        batch.append(piece)
-        size += len(piece[0])
+    for chunk in islice(_chunks(documents, valid), done, None):
+        batch.append(chunk)
+        size += len(chunk[0])
         if size >= BATCH_CHARS:
             yield batch
             batch, size = [], 0
@@ -56,11 +56,11 @@ def _batches(documents: Iterable[str], valid: float, done: int) -> Iterator[list
         yield batch
 
 
-def _pieces(documents: Iterable[str], valid: float) -> Iterator[Piece]:
+def _chunks(documents: Iterable[str], valid: float) -> Iterator[Chunk]:
     for text in documents:
         split = "valid" if is_validation(text, valid) else "train"
         start = 0
-        while cut := CUT.search(text, start + PIECE_CHARS):
+        while cut := CUT.search(text, start + CHUNK_CHARS):
             yield text[start : cut.end()], (split, False)
             start = cut.end()
         yield text[start:], (split, True)
@@ -115,7 +115,7 @@ def prepare_data(
         with _lock(out):
             state = _restore(out, settings, splits)
             with closing(read_documents(sources, field)) as documents:
-                batches = _batches(documents, valid, state["pieces"])
+                batches = _batches(documents, valid, state["chunks"])
                 with closing(encode_in_parallel(tokenizer, batches, workers)) as encoded:
                     return _write(out, state, encoded), False
     except OSError as error:
@@ -141,11 +141,11 @@ def _write(out: Path, state: dict, batches: Iterable) -> dict[str, dict]:
                 writers[split].append(ids)
                 if ends_document:
                     writers[split].end_document(settings["tokenizer"]["eot_id"])
-            state["pieces"] += len(batch)
+            state["chunks"] += len(batch)
             if time.monotonic() - last_commit > COMMIT_SECONDS:
                 commit()
                 last_commit = time.monotonic()
-        if state["pieces"] == 0:
+        if state["chunks"] == 0:
             raise UserError("there is no text in the inputs: every document is empty.")
         for split, writer in writers.items():
             if writer.num_tokens == 0:
@@ -162,10 +162,10 @@ def _restore(out: Path, settings: dict, splits: list[str]) -> dict:
     if file.exists():
         try:
             state = json.loads(file.read_bytes())
-            pieces, found, _ = state["pieces"], dict(state["settings"]), dict(state["splits"])
+            chunks, found, _ = state["chunks"], dict(state["settings"]), dict(state["splits"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged: delete {out} and start again.") from error
-        if pieces:
+        if chunks:
             _check_same(out, found, settings)
             return state
         for split in ("train", "valid"):  # begun, and nothing recorded: whatever was written is of no use
@@ -173,7 +173,7 @@ def _restore(out: Path, settings: dict, splits: list[str]) -> dict:
     taken = [str(out / split) for split in ("train", "valid") if (out / split).exists()]
     if taken:
         raise UserError(f"{' and '.join(taken)}: exists, not made by this command. Choose another --out.")
-    state = {"settings": settings, "pieces": 0, "splits": {split: {} for split in splits}}
+    state = {"settings": settings, "chunks": 0, "splits": {split: {} for split in splits}}
     write_json(file, state)
     return state
 

@@ -10,7 +10,9 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import textwrap
 import threading
 from collections import deque
@@ -19,22 +21,31 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from megacocomix.errors import UserError
+from megacocomix.files import write_aside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+
 END_OF_TEXT = "<|endoftext|>"
+
 GPT2_FOLDER = Path(__file__).parent / "gpt2"
+
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+
 # SentencePiece writes spaces as this character, so a text that really contains it needs care: it is spelled in
 # bytes (_encode_sentencepiece).
 SPACE_SYMBOL = "\u2581"
+
 # SentencePiece trains on text in memory: 4 M lines are a few GB, and more change a vocabulary little.
 MAX_TRAINING_LINES = 4_000_000
 
@@ -82,6 +93,24 @@ def tokenizer_files(spec: str | Path) -> dict[str, Path]:
     return {"tokenizer.model": path}
 
 
+def folder_tokenizer(folder: Path) -> str | None:
+    """The tokenizer that a model folder carries, as `load_tokenizer` takes it; None where it carries none."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
+        return str(folder)
+    return str(folder / "tokenizer.model") if (folder / "tokenizer.model").is_file() else None
+
+
+def tokenizer_mismatches(*holders: tuple[str, str | None]) -> list[str]:
+    """A line for each holder of another tokenizer than the first. A holder is what an error calls it, such as
+    `data.train data/wiki`, and the SHA-256 of its tokenizer, None where nothing records it."""
+    (first, expected), *others = holders
+    return [
+        f"{what} has another tokenizer ({found}) than {first} ({expected}): both must read the same tokens."
+        for what, found in others
+        if expected is not None and found not in (None, expected)
+    ]
+
+
 def _vocabulary_sha256(tokens: dict[str, int]) -> str:
     pairs = sorted((token_id, token) for token, token_id in tokens.items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -109,20 +138,34 @@ def _load_gpt2(folder: Path) -> Tokenizer:
     )
 
 
-def _load_hugging_face(folder: Path) -> Tokenizer:
+def load_hf_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of transformers in a folder; code that the folder brings is not run. Raises UserError, also for one
+    without a vocabulary or an end of text."""
     from transformers import AutoTokenizer
 
     try:
-        hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with tempfile.TemporaryDirectory() as copy:
+            source = folder
+            # Beside a config.json that names code, transformers asks whether to run it.
+            if (config := folder / "config.json").is_file() and b'"auto_map"' in config.read_bytes():
+                source = copy
+                for name, file in tokenizer_files(folder).items():
+                    shutil.copyfile(file, Path(copy) / name)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers do
         reason = textwrap.shorten(str(error), 200)
         raise UserError(f"tokenizer {folder} is not a Hugging Face tokenizer folder: {reason}") from error
-    vocabulary = hf.get_vocab()
     # A folder with a config but no vocabulary yields, without complaint, a tokenizer that knows nothing.
-    if set(vocabulary.values()) <= set(hf.all_special_ids):
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise UserError(f"tokenizer {folder} holds no vocabulary, such as a tokenizer.json.")
-    if hf.eos_token_id is None:
+    if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {folder} has no end of text: set eos_token in its tokenizer_config.json.")
+    return tokenizer
+
+
+def _load_hugging_face(folder: Path) -> Tokenizer:
+    hf = load_hf_tokenizer(folder)
+    vocabulary = hf.get_vocab()
     # verbose=False: documents longer than a model's context are what pretraining data consists of.
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return Tokenizer(
@@ -257,10 +300,8 @@ def train_sentencepiece(documents: Iterable[str], out: str | Path, vocab_size: i
         if reader_errors:
             raise reader_errors[0] from None
         raise UserError(_training_problem(str(error), vocab_size)) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".partial")
-    unfinished.write_bytes(model.getvalue())
-    os.replace(unfinished, out)
+    with write_aside(out) as aside:
+        aside.write_bytes(model.getvalue())
     return load_tokenizer(out)
 
 
@@ -284,3 +325,36 @@ def _training_problem(message: str, vocab_size: int) -> str:
         smallest = message.rsplit(" vs ", 1)[1].split(".")[0]
         return f"--vocab-size {vocab_size} is too small for the characters of this text: at least {smallest}."
     return f"SentencePiece failed: {message}"
+
+
+def export_tokenizer(spec: str, out: Path) -> None:
+    """Copy the files of the tokenizer that `spec` names into the folder `out`, and write those that are missing.
+
+    Padding is with the end of text and on the left, as generation needs it. A text that spells out a special token
+    gets that token's id, as anywhere in transformers.
+    """
+    for name, file in tokenizer_files(spec).items():
+        shutil.copyfile(file, out / name)
+    if Path(spec).is_dir():
+        return
+    if spec == "gpt2":
+        settings = {"tokenizer_class": "GPT2Tokenizer", "unk_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    else:
+        settings = _convert_sentencepiece(out)
+    settings |= {"bos_token": settings["eos_token"], "pad_token": settings["eos_token"], "padding_side": "left"}
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # `generate(**tokens)` takes no token types
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _convert_sentencepiece(out: Path) -> dict[str, str]:
+    """tokenizer.model → tokenizer.json, which needs no SentencePiece; returns the settings that go with it."""
+    import sentencepiece
+    from transformers import LlamaTokenizer
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    unknown, end = (processor.id_to_piece(i) for i in (processor.unk_id(), processor.eos_id()))
+    # Llama's is SentencePiece's byte-pair scheme with bytes for the unknown; its special tokens would be added to ours.
+    special = {"unk_token": unknown, "eos_token": end, "bos_token": end}
+    converted = LlamaTokenizer.from_pretrained(out, add_prefix_space=False, **special)
+    converted.backend_tokenizer.save(str(out / "tokenizer.json"))
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": unknown, "eos_token": end}

@@ -17,16 +17,21 @@ from pathlib import Path
 
 import numpy as np
 
-from megacocomix.data.order import permuted_index
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256, write_json
 
 FORMAT = "megacocomix-tokens"
+
 VERSION = 1
+
 MANIFEST = "manifest.json"
+
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+
 MEGATRON_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # its codes for the kinds that hold token ids
+
 MEBIBYTE = 2**20
 
 
@@ -133,9 +138,13 @@ class TokenDataset:
 
     def batch(self, positions: Sequence[int]) -> np.ndarray:
         """The samples at these positions, int64 [len(positions), context]."""
-        tokens = np.empty((len(positions), self.context), dtype=np.int64)
-        for row, position in enumerate(positions):
-            tokens[row] = self.shards.read(self.window_index(position) * self.context, self.context)
+        return self.read([self.window_index(position) for position in positions])
+
+    def read(self, windows: Sequence[int]) -> np.ndarray:
+        """The tokens of these windows, int64 [len(windows), context]."""
+        tokens = np.empty((len(windows), self.context), dtype=np.int64)
+        for row, window in enumerate(windows):
+            tokens[row] = self.shards.read(window * self.context, self.context)
         return tokens
 
 
@@ -305,3 +314,37 @@ def check_token_ids(tokens, vocab_size: int, source: str | Path) -> None:
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         wrong = tokens.min() if tokens.min() < 0 else tokens.max()
         raise UserError(f"{source} holds token {wrong}, but model and teacher know those up to {vocab_size - 1}.")
+
+
+NUM_ROUNDS = 8  # four suffice for halves of many bits; small data sets have halves of few
+
+MASK = 2**64 - 1
+
+
+def permuted_index(seed: int, epoch: int, index: int, size: int) -> int:
+    """Which of `size` items stands at place `index` of this epoch: a bijection of range(size).
+
+    Never change what it returns: a run that resumes relies on it.
+    """
+    assert 0 <= index < size, f"index {index} outside of range({size})"
+    bits = (size - 1).bit_length()
+    low_bits = bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    key = _mix(_mix(seed) + epoch)
+    round_keys = [_mix(key + i) for i in range(NUM_ROUNDS)]
+    while True:
+        high, low = index >> low_bits, index & low_mask
+        for even_key, odd_key in zip(round_keys[::2], round_keys[1::2], strict=True):
+            high ^= _mix(even_key ^ low) & high_mask
+            low ^= _mix(odd_key ^ high) & low_mask
+        index = high << low_bits | low
+        if index < size:
+            return index
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's finaliser: every bit of the input changes about half of the 64 bits of the output."""
+    value = (value + 0x9E3779B97F4A7C15) & MASK
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & MASK
+    return value ^ value >> 31

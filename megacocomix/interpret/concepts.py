@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megacocomix.hf.open import OpenModel
 from megacocomix.interpret.reading import LOOKED_AT, Reading
-from megacocomix.interpret.student import Student
 from megacocomix.model.losses import CHUNK_ELEMENTS
 
 SMALL_NORM = 1e-2
@@ -143,14 +143,14 @@ def top_contexts(reading: Reading, pairs: Pairs) -> dict[int, np.ndarray]:
     return dict(zip(concept[starts].tolist(), np.split(position, starts[1:]), strict=False))
 
 
-def column_norms(student: Student) -> np.ndarray | None:
+def column_norms(student: OpenModel) -> np.ndarray | None:
     """The norms of the compress columns, [C]; None for a model that mixes no concepts in."""
     layer = student.model.transformer.compress_layer
     return None if layer is None else layer.weight.detach().float().norm(dim=0).cpu().numpy()
 
 
 @torch.no_grad()
-def promoted_tokens(student: Student, concepts: Sequence[int]) -> Promoted:
+def promoted_tokens(student: OpenModel, concepts: Sequence[int]) -> Promoted:
     """The tokens that each concept's compress column points to, of a model that mixes concepts in.
 
     As with a logit lens the column is read as if it stood before the head: w = (column − its mean) ⊙ ln_f's gain,

@@ -25,8 +25,8 @@ from transformers.generation import (
 
 from megacocomix.data.tokenizer import Tokenizer
 from megacocomix.errors import UserError
+from megacocomix.hf.open import OpenModel, check_is_cocomix, check_mixes_concepts
 from megacocomix.interpret.steering import Edit, Place, Steering, kept_concepts
-from megacocomix.interpret.student import Student, check_mixes_concepts
 
 MOST_SEED = 2**63 - 1
 LEAST_TEMPERATURE = 1e-4
@@ -111,7 +111,7 @@ def fit_prompt(ids: list[int], context: int, max_new_tokens: int, eot_id: int) -
 
 
 def decode(
-    student: Student,
+    student: OpenModel,
     prompts: Sequence[list[int]],
     sampling: Sampling,
     edits: Sequence[Sequence[Edit]] | None = None,
@@ -129,8 +129,7 @@ def decode(
     edits that cannot act.
     """
     edits = edits or [[] for _ in prompts]
-    if any(edits):
-        check_mixes_concepts(student)
+    check_mixes_concepts(student) if any(edits) else check_is_cocomix(student)
     steering = Steering(edits, place) if any(edits) else None
     steered = _StudentReader(student, steering, cached)
     plain = _StudentReader(student, None, cached) if steering else None
@@ -192,7 +191,7 @@ def decode_with(
 class _StudentReader:
     """A student, reading with its cache only what is new to it."""
 
-    def __init__(self, student: Student, steering: Steering | None, cached: bool):
+    def __init__(self, student: OpenModel, steering: Steering | None, cached: bool):
         self.student, self.steering, self.device = student, steering, student.device
         self.cache = DynamicCache() if cached else None
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megacocomix.errors import UserError
+from megacocomix.hf.open import OpenModel
 from megacocomix.interpret.decode import At, Sampling, Step, decode
-from megacocomix.interpret.labelling import Guide
 from megacocomix.interpret.steering import Edit, Place
-from megacocomix.interpret.student import Student
+from megacocomix.interpret.teacher_labels import TeacherLabels
 from megacocomix.interpret.teacher_steering import decode_teacher
 from megacocomix.interpret.token_text import token_texts
 
@@ -40,8 +40,8 @@ class Text:
 class Decoder:
     """Lets texts grow, and tells what became of them."""
 
-    student: Student
-    guide: Guide | None
+    student: OpenModel
+    source: TeacherLabels | None
     """The teacher, where it writes texts too."""
     sampling: Sampling
     place: Place
@@ -66,7 +66,7 @@ class Decoder:
         shared = {"sampling": self.sampling, "place": self.place, "at": self.at}
         if by == "student":
             return decode(self.student, **rows, **shared)
-        labeler = self.guide.labeler
+        labeler = self.source.labeler
         return decode_teacher(labeler.teacher, labeler.sae, self.student.tokenizer, **rows, **shared)
 
     def record(self, text: Text) -> dict:

@@ -15,6 +15,7 @@ import numpy as np
 
 from megacocomix.errors import UserError
 from megacocomix.files import write_text
+from megacocomix.hf.open import OpenModel
 from megacocomix.interpret.concepts import (
     SMALL_NORM,
     Agreement,
@@ -27,7 +28,6 @@ from megacocomix.interpret.concepts import (
 )
 from megacocomix.interpret.names import Spelling, name_concepts
 from megacocomix.interpret.reading import LOOKED_AT, Reading
-from megacocomix.interpret.student import Student
 from megacocomix.interpret.token_text import token_texts
 
 FORMAT, VERSION = "megacocomix-inspection", 1
@@ -37,7 +37,7 @@ BEFORE, AFTER = 16, 8
 """Tokens of a context around its own."""
 
 
-def inspect(student: Student, reading: Reading, given_names: dict[int, str], num_shown: int) -> dict:
+def inspect(student: OpenModel, reading: Reading, given_names: dict[int, str], num_shown: int) -> dict:
     """The record of a reading; the first `num_shown` tokens are shown one by one. `given_names` go before automatic
     names."""
     config = student.model.config
@@ -149,7 +149,7 @@ def _shares(agreement: Agreement | None, num_concepts: int) -> dict[str, np.ndar
 class _Texts:
     """A reading's windows as text, each spelled once."""
 
-    def __init__(self, student: Student, reading: Reading):
+    def __init__(self, student: OpenModel, reading: Reading):
         self.reading = reading
         self.is_labelled = reading.is_labelled if reading.teacher else np.zeros(len(reading.tokens), bool)
         self.pieces = cache(lambda window: token_texts(student.tokenizer, reading.windows.tokens[window].tolist()))

@@ -11,10 +11,10 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from megacocomix.errors import UserError, nearest
+from megacocomix.hf.open import OpenModel, check_mixes_concepts
 from megacocomix.interpret.decode import Sampling, Step, decode, fit_prompt
 from megacocomix.interpret.generation import check_text
 from megacocomix.interpret.steering import PLACES, Edit, Place, check_distinct, parse_edit
-from megacocomix.interpret.student import Student, check_mixes_concepts
 from megacocomix.interpret.token_text import TextStream, token_texts
 
 KINDS = {
@@ -41,7 +41,7 @@ class Limits:
     max_edits: int = 8
     max_bytes: int = 64 * 1024
 
-    def most_new_tokens(self, student: Student) -> int:
+    def most_new_tokens(self, student: OpenModel) -> int:
         """Of one text; a prompt of one token must fit the context with it."""
         return min(self.max_new_tokens, student.context - 1)
 
@@ -56,7 +56,7 @@ class Task:
     place: Place
 
 
-def read_task(body: bytes, student: Student, limits: Limits) -> Task:
+def read_task(body: bytes, student: OpenModel, limits: Limits) -> Task:
     """The task in the JSON of a request. Raises UserError with one line that says what is wrong and what is valid."""
     try:
         fields = json.loads(body, parse_constant=_refuse_constant)
@@ -104,7 +104,7 @@ def _check_kind(key: str, value: object) -> None:
         check_text(value, key)
 
 
-def generate(student: Student, task: Task) -> Iterator[dict]:
+def generate(student: OpenModel, task: Task) -> Iterator[dict]:
     """The events of a task, but for the last; each decoding step is done when its first event is asked for."""
     ids = student.tokenizer.encode_batch([task.prompt])[0]
     ids, num_cut = fit_prompt(ids, student.context, task.sampling.max_new_tokens, student.tokenizer.eot_id)
@@ -124,7 +124,7 @@ def generate(student: Student, task: Task) -> Iterator[dict]:
 class _Stream:
     """A text that grows, as events."""
 
-    def __init__(self, name: str, student: Student, prompt: list[int], task: Task):
+    def __init__(self, name: str, student: OpenModel, prompt: list[int], task: Task):
         self.name, self.num_tokens, self.sum_kl = name, 0, 0.0
         self.most = task.sampling.max_new_tokens
         self.selected = {edit.concept: 0 for edit in task.edits}

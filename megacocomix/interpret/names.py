@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megacocomix.config.yaml_text import parse_yaml
 from megacocomix.data.tokenizer import END_OF_TEXT, Tokenizer
 from megacocomix.errors import UserError
 from megacocomix.interpret.concepts import Pairs, Promoted
 from megacocomix.interpret.reading import Reading
 from megacocomix.interpret.token_text import UNFINISHED, token_texts
-from megacocomix.yaml_text import parse_yaml
 
 LONGEST_NAME = 60
 LONGEST_WORD = 18

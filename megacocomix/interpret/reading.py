@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from megacocomix.data.documents import find_sources, read_documents
 from megacocomix.errors import UserError
-from megacocomix.interpret.labelling import Guide
-from megacocomix.interpret.student import Student
+from megacocomix.hf.open import OpenModel
+from megacocomix.interpret.teacher_labels import TeacherLabels
 from megacocomix.model.losses import MASKED
-from megacocomix.teacher.labels import FORWARD_TOKENS, in_pieces
+from megacocomix.teacher.labels import FORWARD_TOKENS, in_chunks
 
 LOOKED_AT = 4
 """Of the largest concepts at least so many are read, however few are kept: precision and recall look at them."""
@@ -60,7 +60,7 @@ class Reading:
     value: np.ndarray
     """Their raw logits, fp32 [N, M]."""
     teacher: dict | None
-    """What labelled, as `Guide.as_dict`; None where nothing did, and then so are the labels."""
+    """What labelled, as `TeacherLabels.as_dict`; None where nothing did, and then so are the labels."""
     labels: np.ndarray | None
     """int64 [N, k], best first; MASKED where there is none, and where there is no slot to learn them."""
     active_index: np.ndarray | None
@@ -81,7 +81,7 @@ class Reading:
         return slice(int(start), int(end))
 
 
-def cut_windows(student: Student, files: Sequence[str], num_tokens: int, field: str = "text") -> Windows:
+def cut_windows(student: OpenModel, files: Sequence[str], num_tokens: int, field: str = "text") -> Windows:
     """At most `num_tokens` tokens of the texts, in windows of the student's context; the last of a document may be
     shorter. Raises UserError for what cannot be read, and for a text that is reached and holds none."""
     find_sources(files)  # says all that are missing at once
@@ -123,7 +123,7 @@ def cut_windows(student: Student, files: Sequence[str], num_tokens: int, field: 
 
 
 @torch.no_grad()
-def read_windows(student: Student, windows: Windows, guide: Guide | None = None) -> Reading:
+def read_windows(student: OpenModel, windows: Windows, source: TeacherLabels | None = None) -> Reading:
     """Read every window by itself with the student, and with the teacher where there is one. Raises UserError for a
     student whose logits are not finite."""
     config, device = student.model.config, student.device
@@ -135,7 +135,7 @@ def read_windows(student: Student, windows: Windows, guide: Guide | None = None)
     has_slot_N = student.has_slot(torch.from_numpy(position_N)).numpy()
     index_NM = np.zeros((num_positions, num_largest), np.int64)
     value_NM = np.zeros((num_positions, num_largest), np.float32)
-    seen = _Seen(guide, num_positions) if guide else None
+    seen = _Seen(source, num_positions) if source else None
     with tqdm(total=num_positions, unit=" tokens", unit_scale=True, desc="reading", disable=None) as bar:
         for rows in _alike(lengths_W, FORWARD_TOKENS[device.type]):
             tokens_GT = torch.from_numpy(np.stack([windows.tokens[row] for row in rows])).to(device)
@@ -160,7 +160,7 @@ def read_windows(student: Student, windows: Windows, guide: Guide | None = None)
         num_kept=config.num_kept,
         index=index_NM,
         value=value_NM,
-        teacher=guide.as_dict() if guide else None,
+        teacher=source.as_dict() if source else None,
         labels=seen.labels if seen else None,
         active_index=seen.active_index if seen else None,
         active_value=seen.active_value if seen else None,
@@ -171,9 +171,9 @@ def read_windows(student: Student, windows: Windows, guide: Guide | None = None)
 class _Seen:
     """What the teacher says, as it is read."""
 
-    def __init__(self, guide: Guide, num_positions: int):
-        self.labeler = guide.labeler
-        num_labels, num_latents = guide.labeler.settings.num_labels, guide.labeler.sae.num_latents
+    def __init__(self, source: TeacherLabels, num_positions: int):
+        self.labeler = source.labeler
+        num_labels, num_latents = source.labeler.settings.num_labels, source.labeler.sae.num_latents
         self.labels = np.full((num_positions, num_labels), MASKED, np.int64)
         self.active_index = np.zeros((num_positions, STRONGEST), np.int64)
         self.active_value = np.zeros((num_positions, STRONGEST), np.float32)
@@ -181,9 +181,9 @@ class _Seen:
 
     def add(self, tokens_GT: Tensor, places: np.ndarray) -> None:
         """Read windows of one length; `places` are their positions."""
-        teacher, sae, piece = self.labeler.teacher, self.labeler.sae, self.labeler.settings.piece
+        teacher, sae, chunk = self.labeler.teacher, self.labeler.sae, self.labeler.settings.chunk
         self.labels[places] = _rows(self.labeler(tokens_GT))
-        index, value = map(_rows, sae.encode(in_pieces(tokens_GT, piece, teacher.hidden)))
+        index, value = map(_rows, sae.encode(in_chunks(tokens_GT, chunk, teacher.hidden)))
         self.num_active += np.bincount(index[value > 0], minlength=len(self.num_active))
         num_found = min(STRONGEST, index.shape[1])
         self.active_index[places, :num_found] = index[:, :num_found]

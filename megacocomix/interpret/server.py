@@ -27,8 +27,8 @@ from contextlib import closing
 from aiohttp import web
 
 from megacocomix.errors import UserError
+from megacocomix.hf.open import OpenModel
 from megacocomix.interpret.live import Limits, generate, read_task
-from megacocomix.interpret.student import Student
 
 logger = logging.getLogger(__name__)
 # aiohttp would log malformed requests, in which a token may stand.
@@ -56,13 +56,13 @@ class Job:
         self.outbox: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.is_left = threading.Event()
 
-    def say(self, event: dict) -> None:
+    def post(self, event: dict) -> None:
         """Send an event from the event loop."""
         self.outbox.put_nowait(_line(event))
 
     def end(self, event: dict) -> None:
         """Send the last event from the event loop."""
-        self.say(event)
+        self.post(event)
         self.outbox.put_nowait(None)
 
     def run(self, send: Callable[[bytes], object]) -> dict:
@@ -144,7 +144,7 @@ class Line:
 
     def _tell_places(self, from_place: int) -> None:
         for ahead, job in enumerate(self.jobs[from_place:], start=from_place):
-            job.say({"event": "queued", "ahead": ahead})
+            job.post({"event": "queued", "ahead": ahead})
 
 
 class _Refusal(Exception):
@@ -156,7 +156,7 @@ class _Refusal(Exception):
 
 
 class _Site:
-    def __init__(self, student: Student, page: str, token: str | None, limits: Limits):
+    def __init__(self, student: OpenModel, page: str, token: str | None, limits: Limits):
         self.student, self.page, self.token, self.limits = student, page.encode(), token, limits
         self.line = Line(limits.max_waiting)
 
@@ -246,7 +246,7 @@ class _Site:
         await asyncio.to_thread(self.line.thread.shutdown)
 
 
-def make_app(student: Student, page: str, token: str | None, limits: Limits) -> web.Application:
+def make_app(student: OpenModel, page: str, token: str | None, limits: Limits) -> web.Application:
     """The routes: GET / is `page`, POST /api/generate streams events, a JSON object a line. With `token` both ask for
     it; without, only requests under a loopback name are answered."""
     site = _Site(student, page, token, limits)

@@ -114,7 +114,7 @@ class Steering:
     def of(self, model: CocomixForCausalLM, where_BT: Tensor) -> Iterator[None]:
         """Inside it, the next forward pass of tokens [B, T] has the logits changed where `where_BT` is true."""
         body = model.transformer
-        module = body.concept_predictor if self.place == "before" else body.keep_largest
+        module = body.concept_predictor if self.place == "before" else body.top_k
         change = self._change_logits if self.place == "before" else self._change_kept
         handle = module.register_forward_hook(lambda _, __, output: change(output, where_BT))
         try:
@@ -146,7 +146,7 @@ def kept_concepts(model: CocomixForCausalLM) -> Iterator[list[tuple[Tensor, Tens
     Nothing is added by a model that keeps none."""
     found: list[tuple[Tensor, Tensor]] = []
     with ExitStack() as stack:
-        if (module := model.transformer.keep_largest) is not None:
+        if (module := model.transformer.top_k) is not None:
             handle = module.register_forward_hook(lambda _, __, output: found.append(output))
             stack.callback(handle.remove)
         yield found

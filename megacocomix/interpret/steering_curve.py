@@ -17,17 +17,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megacocomix.checkpoint.format import checkpoint_step
+from megacocomix.compare.plots import save
+from megacocomix.data.tokenizer import tokenizer_mismatches
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
-from megacocomix.evaluation.perplexity import checkpoint_step, write_result
-from megacocomix.evaluation.plots import save
+from megacocomix.files import write_json
+from megacocomix.hf.open import OpenModel, check_mixes_concepts, open_model
 from megacocomix.interpret.concepts import promoted_tokens
 from megacocomix.interpret.decode import MOST_SEED, Sampling, Step, decode
-from megacocomix.interpret.labelling import Guide, open_guide
 from megacocomix.interpret.steering import MOST, Edit, Place, kept_concepts
 from megacocomix.interpret.steering_judge import Text, judge, summarise
 from megacocomix.interpret.steering_plot import draw
-from megacocomix.interpret.student import Student, check_mixes_concepts, open_student
+from megacocomix.interpret.teacher_labels import TeacherLabels, open_teacher_labels
 from megacocomix.interpret.teacher_steering import decode_teacher
 from megacocomix.teacher.labels import FORWARD_TOKENS
 
@@ -114,20 +116,21 @@ def measure_steering(
     The file is `out`, which must not be there yet, or of a run RUN/evals/steering/STEP.json, which is replaced."""
     if out:
         _check_out(Path(out))
-    student = open_student(folder)
+    student = open_model(folder)
     check_mixes_concepts(student)
     if not out and checkpoint_step(student.path) is None:
         raise UserError(f"{student.path} is no checkpoint in its run: say where the result goes, --out FILE.json.")
-    guide = open_guide(student, teacher, sae)
-    if guide is None:
+    source = open_teacher_labels(student, teacher, sae)
+    if source is None:
         raise UserError(f"{student.path} has no teacher to judge its texts: give --teacher DIR --sae FILE.")
-    _check_length(student, guide, settings)
+    _check_length(student, source, settings)
     data = data or (student.config.data.valid if student.config else None)
     if data is None:
         raise UserError(f"{student.path} does not say what it was validated on: give --data PATH.")
     shards = TokenShards.open(data)
-    if shards.tokenizer_sha256 not in (None, student.tokenizer.sha256):
-        raise UserError(f"{data} was written with another tokenizer than {student.path} reads.")
+    reader = str(student.path), student.tokenizer.sha256
+    if problems := tokenizer_mismatches(reader, (data, shards.tokenizer_sha256)):
+        raise UserError(*problems)
     dataset = TokenDataset(shards, student.context, None)
     if settings.prompts > dataset.num_windows:
         raise UserError(
@@ -138,7 +141,7 @@ def measure_steering(
     share_C = _kept_share(student, _windows(student, dataset, COUNTED_WINDOWS, data))
     concepts = _choose(student, settings.concepts, share_C)
     promoted = promoted_tokens(student, concepts).top_index
-    labeler = guide.labeler
+    labeler = source.labeler
     sides: dict[str, Decoder] = {"student": partial(decode, student)}
     if settings.steers_teacher:
         sides["teacher"] = partial(decode_teacher, labeler.teacher, labeler.sae, student.tokenizer)
@@ -148,7 +151,7 @@ def measure_steering(
         "version": VERSION,
         "model": str(student.path),
         "sha256": student.sha256,
-        "teacher": {"model": guide.model, "sha256": labeler.teacher.sha256, "sae": guide.sae},
+        "teacher": {"model": source.model, "sha256": labeler.teacher.sha256, "sae": source.sae},
         "data": data,
         "data_fingerprint": shards.fingerprint,
         "settings": asdict(settings) | {"at": "decoded", "temperature": 1.0, "seeds": settings.seeds},
@@ -177,7 +180,7 @@ def measure_steering(
         result["seconds"][side] = round(time.perf_counter() - start, 1)
     # Not in evals/ itself, where every file is a perplexity.
     file = Path(out) if out else student.path.parents[1] / "evals" / "steering" / f"{student.path.name}.json"
-    write_result(file, result)
+    write_json(file, result)
     save(draw(result), file)
     return result | {"file": str(file)}
 
@@ -219,8 +222,8 @@ def _check_out(file: Path) -> None:
             raise UserError(f"--out {file}: {each} exists already: choose another name or delete it.")
 
 
-def _check_length(student: Student, guide: Guide, settings: CurveSettings) -> None:
-    context = min(student.context, guide.labeler.teacher.context)
+def _check_length(student: OpenModel, source: TeacherLabels, settings: CurveSettings) -> None:
+    context = min(student.context, source.labeler.teacher.context)
     if settings.prompt_tokens + settings.new_tokens > context:
         raise UserError(
             f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens} are "
@@ -229,7 +232,7 @@ def _check_length(student: Student, guide: Guide, settings: CurveSettings) -> No
         )
 
 
-def _windows(student: Student, dataset: TokenDataset, most: int, data: str) -> np.ndarray:
+def _windows(student: OpenModel, dataset: TokenDataset, most: int, data: str) -> np.ndarray:
     """At most so many held-out windows, evenly spaced, int64 [B, T]."""
     count = min(most, dataset.num_windows)
     tokens_BT = dataset.batch([index * dataset.num_windows // count for index in range(count)])
@@ -238,7 +241,7 @@ def _windows(student: Student, dataset: TokenDataset, most: int, data: str) -> n
 
 
 @torch.no_grad()
-def _kept_share(student: Student, windows_BT: np.ndarray) -> np.ndarray:
+def _kept_share(student: OpenModel, windows_BT: np.ndarray) -> np.ndarray:
     """Of all concepts, the share of the windows' slots at which the student keeps them, [concepts]."""
     num_concepts = student.model.config.num_concepts
     count, num_slots = torch.zeros(num_concepts, dtype=torch.int64), 0
@@ -256,7 +259,7 @@ def _kept_share(student: Student, windows_BT: np.ndarray) -> np.ndarray:
     return (count / num_slots).numpy()
 
 
-def _choose(student: Student, asked: int | tuple[int, ...], share_C: np.ndarray) -> list[int]:
+def _choose(student: OpenModel, asked: int | tuple[int, ...], share_C: np.ndarray) -> list[int]:
     """Which concepts are steered: those asked for, or as many as are kept at all, most often kept first."""
     if isinstance(asked, int):
         return [int(concept) for concept in np.argsort(-share_C, kind="stable")[:asked] if share_C[concept] > 0]

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megacocomix.evaluation.perplexity import perplexity
-from megacocomix.teacher.cut import Teacher
-from megacocomix.teacher.labels import in_pieces
-from megacocomix.teacher.sae import SAE
+from megacocomix.sae.model import SAE
+from megacocomix.teacher.labels import in_chunks
+from megacocomix.teacher.model import Teacher
 
 PER_CONCEPT = ("activation", "active", "promoted", "kept")
 """What is asked for each of the concepts."""
@@ -99,7 +99,7 @@ def _judge(teacher, sae, vocab_size, prompts, texts, concepts, promoted) -> Sums
         latent_GNL.scatter_add_(-1, index_GNK, value_GNK)
         return torch.cat((loss_GN[..., None], latent_GNL[..., ids_C]), dim=-1)
 
-    found_BNx = in_pieces(tokens_BT, tokens_BT.shape[1], read).double().cpu().numpy()
+    found_BNx = in_chunks(tokens_BT, tokens_BT.shape[1], read).double().cpu().numpy()
     new_BN = tokens_BT[:, num_before:].cpu().numpy()
     length_B = np.array([len(text.tokens) for text in texts])
     is_new_BN = np.arange(num_new) < length_B[:, None]

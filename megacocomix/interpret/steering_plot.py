@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from megacocomix.evaluation.plots import COLORS, perplexity_axis
+from megacocomix.compare.plots import COLORS, perplexity_axis
 
 STUDENT, TEACHER, PROMOTED = COLORS[0], COLORS[1], COLORS[2]
 LINES = (

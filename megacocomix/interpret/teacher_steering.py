@@ -17,8 +17,8 @@ from megacocomix.data.tokenizer import Tokenizer
 from megacocomix.errors import UserError
 from megacocomix.interpret.decode import At, Kept, Sampling, Step, decode_with, kept_rows
 from megacocomix.interpret.steering import Edit, Place, Steering
-from megacocomix.teacher.cut import Teacher
-from megacocomix.teacher.sae import SAE
+from megacocomix.sae.model import SAE
+from megacocomix.teacher.model import Teacher
 
 
 def decode_teacher(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megacocomix.method import MethodConfig
+from megacocomix.config.method import MethodConfig
 
 STANDARDIZE_EPS = 1e-5
 
@@ -46,7 +46,7 @@ def take_predicting(x_BSD: torch.Tensor, every: int) -> torch.Tensor:
     return x_BSD[:, 1::2] if every == 1 else x_BSD[:, predicting_slots(x_BSD.shape[1], every, x_BSD.device)]
 
 
-class KeepLargest(nn.Module):
+class TopK(nn.Module):
     """Concept logits [B, T, C] → the K largest of each position (values, indices), [B, T, K]. Raw logits are kept,
     signs and all: no softmax, no ReLU."""
 
@@ -98,13 +98,13 @@ class ConceptMixer(nn.Module):
     def __init__(self, hidden_size: int, method: MethodConfig):
         super().__init__()
         self.interleaves, self.every = method.interleaves, method.interleave_every
-        self.predict = self.keep = self.compress = self.predict_hidden = self.project = None
+        self.predict = self.top_k = self.compress = self.predict_hidden = self.project = None
         if method.predict != "nothing":
             self.pre_bias = nn.Parameter(torch.zeros(hidden_size))
         if method.predict == "concepts":
             self.predict = nn.Linear(hidden_size, method.num_concepts)
             if method.mix == "predicted":
-                self.keep = KeepLargest(method.num_kept)
+                self.top_k = TopK(method.num_kept)
                 self.compress = Compress(method.num_concepts, hidden_size)
         elif method.predict == "hidden":
             self.predict_hidden = HiddenPredictor(hidden_size, method.target_size)
@@ -123,7 +123,7 @@ class ConceptMixer(nn.Module):
             normed_BMD, mean, std = standardize(x_BMD)
             prediction = predict(normed_BMD.to(x_BTD.dtype) - self.pre_bias)
         if self.compress is not None:
-            vector_BMD = (self.compress(*self.keep(prediction)) + self.pre_bias) * std + mean
+            vector_BMD = (self.compress(*self.top_k(prediction)) + self.pre_bias) * std + mean
         elif self.project is not None:
             vector_BMD = (self.project(prediction) + self.pre_bias) * std + mean
         if vector_BMD is None:

@@ -1,6 +1,6 @@
 """What a student learns from a teacher's numbers: its next-token distribution, or its hidden state.
 
-N rows, V words, E width of the teacher.
+N rows, V vocabulary, E width of the teacher.
 """
 
 from collections.abc import Callable
@@ -14,49 +14,53 @@ from megacocomix.model.losses import row_chunks
 
 
 class FrozenHead(NamedTuple):
-    """The head of a teacher, or a piece of it: weight [V, E] and bias [V] or None. No optimizer knows them."""
+    """The head of a teacher, or a shard of it: weight [V, E] and bias [V] or None. No optimizer knows them."""
 
     weight: Tensor
     bias: Tensor | None
 
     def rows(self, start: int, stop: int) -> "FrozenHead":
-        """Words [start, stop), as many of them as there are."""
+        """Tokens [start, stop) of the vocabulary, as many of them as there are."""
         return FrozenHead(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
 
 def teacher_divergence(
-    logits: Tensor, outputs: Tensor, head: FrozenHead, counts: Tensor, stack: Callable[[Tensor], Tensor] | None = None
+    logits: Tensor,
+    outputs: Tensor,
+    head: FrozenHead,
+    counts: Tensor,
+    all_gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Sum over the rows that count of KL(teacher ‖ student), over the whole vocabulary (paper §3, appendix A), an fp32
     scalar.
 
-    logits […, V] are the student's, outputs […, E] what the teacher's head reads, counts bool […]. Words that the
+    logits […, V] are the student's, outputs […, E] what the teacher's head reads, counts bool […]. Tokens that the
     teacher's head lacks have the probability 0. The teacher's logits and the fp32 softmax only ever exist for a chunk
     of rows: they are made in the forward pass and again in the backward pass.
 
-    Where the words are cut in pieces, logits and head are those of one piece, and `stack(x)` puts every piece's x in
-    front, [n, …].
+    Where the vocabulary is sharded, logits and head are those of one shard, and `all_gather(x)` stacks every shard's x
+    in front, [n, …].
     """
-    return _Divergence.apply(logits.flatten(0, -2), outputs.flatten(0, -2), head, counts.flatten(), stack)
+    return _Divergence.apply(logits.flatten(0, -2), outputs.flatten(0, -2), head, counts.flatten(), all_gather)
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_NV, outputs_NE, head, counts_N, stack):
-        # Of this piece: log-sum-exp of teacher and student, and the teacher's mean of (its logit − the student's).
+    def forward(ctx, logits_NV, outputs_NE, head, counts_N, all_gather):
+        # Of this shard: log-sum-exp of teacher and student, and the teacher's mean of (its logit − the student's).
         sums_3N = torch.full((3, len(logits_NV)), -torch.inf, device=logits_NV.device)
         sums_3N[2] = 0.0
-        num_words = len(head.weight)
+        vocab_size = len(head.weight)
         for rows in row_chunks(*logits_NV.shape):
             ours = logits_NV[rows].float()
             sums_3N[1, rows] = ours.logsumexp(-1)
-            if num_words:
+            if vocab_size:
                 theirs = F.linear(outputs_NE[rows], *head).float()
                 sums_3N[0, rows] = theirs.logsumexp(-1)
-                sums_3N[2, rows] = (theirs.softmax(-1) * (theirs - ours[:, :num_words])).sum(-1)
-        pieces = stack(sums_3N) if stack else sums_3N[None]
-        log_sums_2N = pieces[:, :2].logsumexp(0)
-        gap_N = (pieces[:, 0].softmax(0) * pieces[:, 2]).sum(0)
+                sums_3N[2, rows] = (theirs.softmax(-1) * (theirs - ours[:, :vocab_size])).sum(-1)
+        shards = all_gather(sums_3N) if all_gather else sums_3N[None]
+        log_sums_2N = shards[:, :2].logsumexp(0)
+        gap_N = (shards[:, 0].softmax(0) * shards[:, 2]).sum(0)
         ctx.save_for_backward(logits_NV, outputs_NE, counts_N, log_sums_2N)
         ctx.head = head
         return torch.where(counts_N, gap_N - log_sums_2N[0] + log_sums_2N[1], 0.0).sum()
@@ -65,13 +69,13 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx, grad):
         logits_NV, outputs_NE, counts_N, (theirs_N, ours_N) = ctx.saved_tensors
         scale_N1 = torch.where(counts_N, grad.float(), 0.0)[:, None]
-        num_words = len(ctx.head.weight)
+        vocab_size = len(ctx.head.weight)
         grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         for rows in row_chunks(*logits_NV.shape):
             slope = (logits_NV[rows].float() - ours_N[rows, None]).exp_()
-            if num_words:
+            if vocab_size:
                 theirs = F.linear(outputs_NE[rows], *ctx.head).float()
-                slope[:, :num_words] -= (theirs - theirs_N[rows, None]).exp_()
+                slope[:, :vocab_size] -= (theirs - theirs_N[rows, None]).exp_()
             grad_NV[rows] = slope.mul_(scale_N1[rows])
         return grad_NV, None, None, None, None
 

@@ -6,7 +6,7 @@ rows. Not counted: LayerNorm, softmax, embedding look-ups, recomputation, and wh
 positions that predict nothing. A backward pass costs twice its forward pass.
 """
 
-from megacocomix.config import Config, ModelConfig
+from megacocomix.config.schema import Config, ModelConfig
 
 
 def linear_flops(model: ModelConfig) -> float:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megacocomix.config import Config, ModelConfig
-from megacocomix.method import MethodConfig
+from megacocomix.config.method import MethodConfig
+from megacocomix.config.schema import Config, ModelConfig
 from megacocomix.model.concept import ConceptMixer, predicting_slots, take_predicting
 
 LAYER_NORM_EPS = 1e-5

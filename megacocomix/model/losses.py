@@ -14,24 +14,23 @@ CHUNK_ELEMENTS = 1 << 24  # fp32 scratch of the softmax: 64 MiB at a time, whate
 
 
 def label_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, first_class: int = 0, join: Callable | None = None
+    logits: torch.Tensor, labels: torch.Tensor, first_class: int = 0, combine: Callable | None = None
 ) -> torch.Tensor:
     """Sum over rows of logsumexp(z) − mean over labels of z[label]; rows whose labels are MASKED count nothing.
 
     logits […, V] in any float dtype, labels int64 […, K], either all MASKED or all in [0, V) in a row. Returns an fp32
     scalar. The fp32 softmax only ever exists for a chunk of rows; the gradient has the dtype of the logits.
 
-    Where the classes are cut in pieces, logits are those of one piece, which begins at `first_class`, and
-    `join(log_sum_N, chosen_N)` turns the piece's log-sum-exps, and its part of the labels' mean logits, into the
-    whole's.
+    Where the classes are sharded, logits are those of one shard, which begins at `first_class`, and `combine(log_sum_N,
+    chosen_N)` turns the shard's log-sum-exps, and its part of the labels' mean logits, into those of all classes.
     """
     assert logits.shape[:-1] == labels.shape[:-1], (logits.shape, labels.shape)
-    return _LabelCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(0, -2), first_class, join)
+    return _LabelCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(0, -2), first_class, combine)
 
 
 class _LabelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_NV, labels_NK, first_class, join):
+    def forward(ctx, logits_NV, labels_NK, first_class, combine):
         log_sum_N = torch.empty(logits_NV.shape[0], device=logits_NV.device)
         for rows in row_chunks(*logits_NV.shape):
             log_sum_N[rows] = logits_NV[rows].float().logsumexp(-1)
@@ -39,8 +38,8 @@ class _LabelCrossEntropy(torch.autograd.Function):
         is_here_NK = (place_NK >= 0) & (place_NK < logits_NV.shape[1])
         place_NK = torch.where(is_here_NK, place_NK, 0)
         chosen_N = torch.where(is_here_NK, logits_NV.gather(1, place_NK).float(), 0.0).mean(-1)
-        if join:
-            log_sum_N, chosen_N = join(log_sum_N, chosen_N)
+        if combine:
+            log_sum_N, chosen_N = combine(log_sum_N, chosen_N)
         is_labelled_N = labels_NK[:, 0] != MASKED
         ctx.save_for_backward(logits_NV, place_NK, is_here_NK, is_labelled_N, log_sum_N)
         return torch.where(is_labelled_N, log_sum_N - chosen_N, 0.0).sum()

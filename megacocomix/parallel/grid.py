@@ -7,6 +7,7 @@ rank = (pipeline_rank × data + data_rank) × tensor + tensor_rank.
 import torch
 import torch.distributed as dist
 
+from megacocomix.config.rules import grid_problem
 from megacocomix.parallel.runtime import Runtime
 
 
@@ -85,17 +86,3 @@ class Grid:
 
     def get_pipeline_model_parallel_rank(self) -> int:
         return self.pipeline_rank
-
-
-def grid_problem(world: int, tensor: int, pipeline: int) -> str | None:
-    """Why `world` processes cannot be laid out so, with the nearest layout that they can; None where they can."""
-    if world % (tensor * pipeline) == 0:
-        return None
-    degrees = [(t, p) for t in range(1, world + 1) for p in range(1, world // t + 1) if world % (t * p) == 0]
-    near_t, near_p = min(degrees, key=lambda tp: (abs(tp[0] - tensor) + abs(tp[1] - pipeline), tp))
-    return (
-        f"parallel.tensor {tensor} × parallel.pipeline {pipeline} = {tensor * pipeline} does not divide the {world} "
-        f"process{'es' * (world > 1)}: pipeline × data × tensor must be their number. Nearest valid: "
-        f"tensor {near_t} × pipeline {near_p} × data {world // (near_t * near_p)}, or start {tensor * pipeline} "
-        f"processes (deepspeed --num_accelerators {tensor * pipeline}, torchrun --nproc-per-node {tensor * pipeline})."
-    )

@@ -6,7 +6,8 @@ messages always meet in order, on any backend. The schedule knows nothing of the
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -14,17 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megacocomix.parallel.grid import Grid
-
-
-class MicroBatch(NamedTuple):
-    """One micro-batch, on every stage: each takes what it needs."""
-
-    tokens_BT: Tensor
-    targets_BT1: Tensor
-    labels_BMk: Tensor | None = None
-    hidden_BME: Tensor | None = None
-    outputs_BTE: Tensor | None = None
-    """The last three as the teacher's `Signals` name them."""
+from megacocomix.parallel.stage import NUM_LOSSES, MicroBatch
 
 
 class Pass(NamedTuple):
@@ -35,30 +26,31 @@ class Pass(NamedTuple):
     micro: int
 
 
-def rank_order(rank: int, pipeline: int, per_rank: int, num_micro: int) -> list[Pass]:
+def rank_order(rank: int, pipeline: int, virtual_stages: int, num_micro: int) -> list[Pass]:
     """The passes of one rank, in order. Stage s lives on rank s mod pipeline.
 
     1F1B: enough forward passes to fill the pipeline behind this rank, then one backward pass after each forward. With
-    several stages a rank, micro-batches go through the first stages of all ranks in groups of `pipeline`, then through
-    the second ones and so on (interleaved 1F1B; Narayanan et al. 2021, §2.2): num_micro must be a multiple of pipeline.
+    several stages a rank (virtual stages), micro-batches go through the first stages of all ranks in groups of
+    `pipeline`, then through the second ones and so on (interleaved 1F1B; Narayanan et al. 2021, §2.2): num_micro must
+    be a multiple of pipeline.
     """
-    assert per_rank == 1 or num_micro % pipeline == 0
-    total = num_micro * per_rank
+    assert virtual_stages == 1 or num_micro % pipeline == 0
+    total = num_micro * virtual_stages
 
     def unit(index: int, is_forward: bool) -> Pass:
-        group, within = divmod(index, pipeline * per_rank)
+        group, within = divmod(index, pipeline * virtual_stages)
         chunk, micro = divmod(within, pipeline)
-        chunk = chunk if is_forward else per_rank - 1 - chunk
+        chunk = chunk if is_forward else virtual_stages - 1 - chunk
         return Pass(is_forward, chunk * pipeline + rank, group * pipeline + micro)
 
-    if per_rank == 1:  # any number of micro-batches, in order
+    if virtual_stages == 1:  # any number of micro-batches, in order
         forward = [Pass(True, rank, micro) for micro in range(num_micro)]
         backward = [Pass(False, rank, micro) for micro in range(num_micro)]
         num_ahead = pipeline - 1 - rank
     else:
         forward = [unit(index, True) for index in range(total)]
         backward = [unit(index, False) for index in range(total)]
-        num_ahead = 2 * (pipeline - 1 - rank) + (per_rank - 1) * pipeline
+        num_ahead = 2 * (pipeline - 1 - rank) + (virtual_stages - 1) * pipeline
     num_ahead = min(num_ahead, total)
     order = forward[:num_ahead]
     for ahead, behind in zip(forward[num_ahead:], backward, strict=False):
@@ -101,18 +93,20 @@ class Pipeline:
         # NCCL wants a group's first exchange to be one of all its ranks.
         dist.all_reduce(torch.zeros(1, device=grid.device), group=grid.pipeline_group)
 
-    def train(self, forward: Callable, before_backward: Callable[[], None], batches: list[MicroBatch]) -> None:
-        """Forward and backward of every micro-batch. `forward(stage, x, targets, *signals)` returns the next stage's
-        input, or the last stage's loss; `before_backward()` is called right before every backward pass."""
+    def train(self, forward: Callable, before_backward: Callable[[], None], batches: list[MicroBatch]) -> Tensor:
+        """Forward and backward of every micro-batch. `forward(stage, x, batch)` takes what the stage before returned
+        (None on the first) and returns the next stage's input, or the last stage's loss, and this rank's shares of the
+        losses; `before_backward()` is called right before every backward pass. Returns the sum of the shares, fp64."""
         pipeline = self.grid.pipeline
         orders = [rank_order(rank, pipeline, self.num_stages // pipeline, len(batches)) for rank in range(pipeline)]
-        graphs = {}
+        losses, graphs = self._no_losses(), {}
 
         def run(step: Pass, received: Tensor | None) -> Tensor | None:
             if step.is_forward:
                 if received is not None:
                     received.requires_grad_()
-                y = self._forward(forward, step, received, batches)
+                y, shares = forward(step.stage, received, batches[step.micro])
+                losses.add_(shares)
                 graphs[step.stage, step.micro] = received, y
                 return y.detach()
             x, y = graphs.pop((step.stage, step.micro))
@@ -121,20 +115,29 @@ class Pipeline:
             return x.grad if x is not None else None
 
         self._run(orders, run)
+        return losses
 
     @torch.no_grad()
-    def evaluate(self, forward: Callable, batches: list[MicroBatch]) -> None:
-        """Forward passes alone, of any number of micro-batches."""
-        orders = [
-            [Pass(True, stage, micro) for stage in range(rank, self.num_stages, self.grid.pipeline) for micro in micros]
-            for rank, micros in enumerate([range(len(batches))] * self.grid.pipeline)
-        ]
-        self._run(orders, lambda step, received: self._forward(forward, step, received, batches))
+    def evaluate(self, forward: Callable, batches: Iterable[MicroBatch]) -> Tensor:
+        """Forward passes alone, of any number of micro-batches, as many at a time as keep the pipeline busy. Returns
+        the sum of the shares, as `train` does."""
+        batches, pipeline, losses = iter(batches), self.grid.pipeline, self._no_losses()
+        while some := list(islice(batches, 4 * pipeline)):
+            orders = [
+                [Pass(True, stage, micro) for stage in range(rank, self.num_stages, pipeline) for micro in micros]
+                for rank, micros in enumerate([range(len(some))] * pipeline)
+            ]
 
-    @staticmethod
-    def _forward(forward: Callable, step: Pass, received: Tensor | None, batches: list[MicroBatch]) -> Tensor:
-        tokens_BT, *others = batches[step.micro]
-        return forward(step.stage, tokens_BT if received is None else received, *others)
+            def run(step: Pass, received: Tensor | None, some=some) -> Tensor:
+                y, shares = forward(step.stage, received, some[step.micro])
+                losses.add_(shares)
+                return y
+
+            self._run(orders, run)
+        return losses
+
+    def _no_losses(self) -> Tensor:
+        return torch.zeros(NUM_LOSSES, dtype=torch.float64, device=self.grid.device)
 
     def _run(self, orders: list[list[Pass]], run: Callable[[Pass, Tensor | None], Tensor | None]) -> None:
         arriving: dict[Pass, tuple] = {}
@@ -183,9 +186,3 @@ def _next_pass(step: Pass, num_stages: int) -> Pass | None:
     """The pass that takes what `step` returns; None at the model's ends."""
     stage = step.stage + (1 if step.is_forward else -1)
     return step._replace(stage=stage) if 0 <= stage < num_stages else None
-
-
-def bubble_fraction(pipeline: int, per_rank: int, num_micro: int) -> float:
-    """Share of a step in which a rank waits, with stages of equal cost."""
-    idle = (pipeline - 1) / per_rank
-    return idle / (idle + num_micro)

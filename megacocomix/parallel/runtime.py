@@ -58,8 +58,8 @@ def start_runtime() -> Runtime:
 
 
 @contextmanager
-def all_or_none() -> Iterator[None]:
-    """All ranks leave this part with the same UserError, or none does. One that failed alone would leave the others
+def errors_on_all_ranks() -> Iterator[None]:
+    """A UserError of any rank inside it is raised on all of them. A rank that failed alone would leave the others
     waiting in their next collective."""
     problems = []
     try:

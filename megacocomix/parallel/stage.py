@@ -1,38 +1,41 @@
 """Pipeline stages: the model's class with parts missing, and the losses that live on each.
 
 A stage holds neighbouring blocks. The embedding goes with the first block, the concept module with the block it stands
-before, final norm and head with the last. So a cut never divides the change from T to 2T positions: a stage that begins
-at `insertion_layer` receives T positions and adds the slots itself.
+before, final norm and head with the last. So a split point never divides the change from T to 2T positions: a stage
+that begins at `insertion_layer` receives T positions and adds the slots itself.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from megacocomix.config import Config
+from megacocomix.config.schema import Config
 from megacocomix.model.distillation import FrozenHead, hidden_distance, teacher_divergence
 from megacocomix.model.flops import block_flops, head_flops, module_flops
 from megacocomix.model.gpt2 import GPT2, assemble
 from megacocomix.model.losses import MASKED, label_cross_entropy
 from megacocomix.parallel.grid import Grid
-from megacocomix.parallel.layers import TensorRanks
-from megacocomix.parallel.tensor import cut, split_modules
+from megacocomix.parallel.layers import TensorGroup
+from megacocomix.parallel.tensor import parallelize, shard
 
 TIED = "embed.tokens.weight"  # the name of the tied weight, wherever a copy of it is
 
 
 def stage_blocks(config: Config) -> list[range]:
-    """The blocks of each stage: cut at `parallel.cuts`, or so that the costliest stage is as cheap as can be.
+    """The blocks of each stage: as `parallel.split_points` divides them, or so that the costliest stage is as cheap as
+    can be.
 
-    Costs are FLOPs: blocks behind the concept module count twice and more. Among equally good cuts the later stages
-    are the smaller ones.
+    Costs are FLOPs: blocks behind the concept module count twice and more. Among equally good divisions the later
+    stages are the smaller ones.
     """
     num_layers, parallel = config.model.num_layers, config.parallel
-    if parallel.cuts:
-        bounds = [0, *parallel.cuts, num_layers]
+    if parallel.split_points:
+        bounds = [0, *parallel.split_points, num_layers]
         return [range(first, stop) for first, stop in itertools.pairwise(bounds)]
     costs = [block_flops(config, index) for index in range(num_layers)]
     costs[-1] += head_flops(config)
@@ -69,86 +72,99 @@ def hidden_shape(config: Config, stage: int) -> tuple[int, int, int]:
     )
 
 
-class LocalStages(nn.Module):
+class MicroBatch(NamedTuple):
+    """One micro-batch, on every stage: each takes what it needs. It carries what its losses are divided by, which is of
+    the global batch, so that a loss does not depend on how the batch was split."""
+
+    tokens_BT: Tensor
+    targets_BT1: Tensor
+    num_targets: Tensor | int = 1
+    """Next-token targets of the global batch; 1 gives the sum of the losses."""
+    labels_BMk: Tensor | None = None
+    hidden_BME: Tensor | None = None
+    outputs_BTE: Tensor | None = None
+    """The last three as `TeacherTargets` names them; what the teacher did not give is not learned."""
+    num_predicted: Tensor | int = 1
+    """Positions of the global batch whose prediction is learned."""
+
+
+NUM_LOSSES = 3
+"""Next token, prediction (of concepts or of a hidden state), distillation."""
+
+
+class StageModule(nn.Module):
     """The stages of this rank, with their losses: one, or under an interleaved schedule several. Parameters have no
     memory until `set_parameters`."""
 
-    def __init__(self, config: Config, grid: Grid):
+    def __init__(self, config: Config, grid: Grid, teacher_head: FrozenHead | None = None):
+        """`teacher_head` is needed by a method that distills; it is no part of the model."""
         super().__init__()
-        cuts = stage_blocks(config)
-        self.num_stages = len(cuts)
+        blocks = stage_blocks(config)
+        self.num_stages = len(blocks)
         self.indices = list(range(grid.pipeline_rank, self.num_stages, grid.pipeline))
-        self.method = config.method
-        self.teacher_head: FrozenHead | None = None  # set before a step that distills; no part of the model
-        self.tensor_ranks = None
+        self.method, self.teacher_head = config.method, teacher_head
+        self.tensor_group = None
         if grid.tensor > 1:
             sequence = config.parallel.sequence
-            self.tensor_ranks = TensorRanks(grid.tensor_group, grid.tensor_rank, grid.tensor, sequence)
+            self.tensor_group = TensorGroup(grid.tensor_group, grid.tensor_rank, grid.tensor, sequence)
         with torch.device("meta"):
             whole = assemble(config)
         self.whole_shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
         with torch.device("meta"):
-            self.parts = nn.ModuleDict({str(index): self._part(config, cuts[index]) for index in self.indices})
-        # Of the global batch, so that a loss does not depend on how the batch was cut. Set for every step.
-        self.num_targets: Tensor | int = 1
-        self.num_predicted: Tensor | int = 1
+            self.parts = nn.ModuleDict({str(index): self._part(config, blocks[index]) for index in self.indices})
+        for part in self.parts.values():
+            recompute_blocks(part, config.training.recompute)
         self.data = grid.data
-        self.losses = torch.zeros(3, dtype=torch.float64, device=grid.device)
+        # The tensor ranks of a stage know the same losses: one of them counts.
+        self.counts_losses = grid.tensor_rank == 0
 
-    def forward(
-        self,
-        stage: int,
-        x: Tensor,
-        targets_BT1: Tensor,
-        labels_BMk: Tensor | None = None,
-        hidden_BME: Tensor | None = None,
-        outputs_BTE: Tensor | None = None,
-    ) -> Tensor:
-        """What goes on to the next stage, [B, S, D]; of the last stage, the scalar loss.
+    def forward(self, stage: int, x: Tensor | None, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """x [B, S, D], None on the first stage → (what goes on to the next stage, [B, S, D], or of the last stage the
+        scalar loss; this rank's shares of the losses, fp64 [NUM_LOSSES], before their weights).
 
         Losses are shares of the global batch's means, times the number of data ranks, over which gradients are
         averaged. The loss of what the concept module predicts joins the graph of what is returned: it needs no gradient
-        from there. What the teacher did not give is not learned. The shares, before their weights, are added to
-        `losses` (next token, prediction, distillation), where this rank has the head or the module; every tensor rank
-        of such a stage adds the same.
+        from there.
         """
         part = self.parts[str(stage)]
-        y, prediction = part(x)
+        y, prediction = part(batch.tokens_BT if x is None else x)
+        losses = torch.zeros(NUM_LOSSES, dtype=torch.float64, device=y.device)
         if stage == self.num_stages - 1:
-            logits_BTV, loss = y, self._cross_entropy(y, targets_BT1, part.head) / self.num_targets
-            self.losses[0] += loss.detach()
-            if outputs_BTE is not None:
-                divergence = self._divergence(logits_BTV, outputs_BTE, targets_BT1, part.head) / self.num_targets
-                self.losses[2] += divergence.detach()
+            logits_BTV, loss = y, self._cross_entropy(y, batch.targets_BT1, part.head) / batch.num_targets
+            losses[0] = loss.detach()
+            if batch.outputs_BTE is not None:
+                divergence = self._divergence(logits_BTV, batch.outputs_BTE, batch.targets_BT1, part.head)
+                divergence = divergence / batch.num_targets
+                losses[2] = divergence.detach()
                 loss = loss + self.method.kd_weight * divergence
             y = loss * self.data
         predicted = None
-        if prediction is not None and labels_BMk is not None:
-            predicted = shown = self._cross_entropy(prediction, labels_BMk, part.concept.predict) / self.num_predicted
-        elif prediction is not None and hidden_BME is not None:
-            predicted = self._own_distance(prediction, hidden_BME) / self.num_predicted
-            splits = self.tensor_ranks and self.tensor_ranks.sequence
-            shown = self.tensor_ranks.sum(predicted.detach()) if splits else predicted
+        if prediction is not None and batch.labels_BMk is not None:
+            predicted = self._cross_entropy(prediction, batch.labels_BMk, part.concept.predict) / batch.num_predicted
+            losses[1] = predicted.detach()
+        elif prediction is not None and batch.hidden_BME is not None:
+            predicted = self._local_distance(prediction, batch.hidden_BME) / batch.num_predicted
+            splits = self.tensor_group and self.tensor_group.sequence
+            losses[1] = self.tensor_group.all_reduce(predicted.detach()) if splits else predicted.detach()
         if predicted is not None:
-            self.losses[1] += shown.detach()
             y = _Attach.apply(y, predicted * (self.method.concept_weight * self.data))
-        return y
+        return y, losses if self.counts_losses else torch.zeros_like(losses)
 
-    def named_pieces(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """Name in the whole model, parameter, and whether it is the second copy of a tied one."""
+    def named_shards(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Name in the whole model, this rank's shard, and whether it is the second copy of a tied parameter."""
         for index, part in self.parts.items():
             for name, parameter in part.named_parameters():
                 is_copy = name == "head.weight" and index != "0"
                 yield TIED if is_copy else name, parameter, is_copy
 
     def set_parameters(self, whole_value: Callable[[str], Tensor], place: Callable[[Tensor], nn.Parameter]) -> None:
-        """Give every parameter its value, one after the other: `whole_value(name)` is cut to this rank's piece, and
+        """Give every parameter its value, one after the other: `whole_value(name)` is reduced to this rank's shard, and
         `place` puts it where it is to stay. So a process never holds more than one whole parameter besides its own.
         """
-        size, rank = (self.tensor_ranks.size, self.tensor_ranks.rank) if self.tensor_ranks else (1, 0)
+        size, rank = (self.tensor_group.size, self.tensor_group.rank) if self.tensor_group else (1, 0)
         placed = {}
-        for name, parameter, _ in list(self.named_pieces()):
-            placed[parameter] = place(cut(name, whole_value(name), size, rank))
+        for name, parameter, _ in list(self.named_shards()):
+            placed[parameter] = place(shard(name, whole_value(name), size, rank))
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -168,26 +184,26 @@ class LocalStages(nn.Module):
             part.norm = part.head = None
         if config.method.insertion_layer not in blocks:
             part.concept = None
-        if self.tensor_ranks:
-            split_modules(part, self.tensor_ranks)
+        if self.tensor_group:
+            parallelize(part, self.tensor_group)
         return part
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, layer: nn.Module) -> Tensor:
-        if self.tensor_ranks is None:
+        if self.tensor_group is None:
             return label_cross_entropy(logits, labels)
-        return label_cross_entropy(logits, labels, layer.piece.start, self.tensor_ranks.join_losses)
+        return label_cross_entropy(logits, labels, layer.shard.start, self.tensor_group.combine_losses)
 
     def _divergence(self, logits: Tensor, outputs: Tensor, targets: Tensor, layer: nn.Module) -> Tensor:
         counts = targets[..., 0] != MASKED
-        if self.tensor_ranks is None:
+        if self.tensor_group is None:
             return teacher_divergence(logits, outputs, self.teacher_head, counts)
-        head = self.teacher_head.rows(layer.piece.start, layer.piece.stop)
-        return teacher_divergence(logits, outputs, head, counts, self.tensor_ranks.stack)
+        head = self.teacher_head.rows(layer.shard.start, layer.shard.stop)
+        return teacher_divergence(logits, outputs, head, counts, self.tensor_group.all_gather)
 
-    def _own_distance(self, predicted: Tensor, target: Tensor) -> Tensor:
+    def _local_distance(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Of the positions that this tensor rank holds, over all of which the gradients are summed."""
-        if self.tensor_ranks:
-            target = self.tensor_ranks.own_positions(target)
+        if self.tensor_group:
+            target = self.tensor_group.local_positions(target)
         return hidden_distance(predicted, target, self.method.hidden_loss)
 
 
@@ -201,3 +217,13 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, torch.ones((), device=grad.device)
+
+
+def recompute_blocks(part: GPT2, mode: Literal["none", "selective", "full"]) -> None:
+    """With `full` each block keeps only its input and is run again in the backward pass, with `selective` each
+    attention. Losses and gradients do not change."""
+    if mode == "none":
+        return
+    for block in part.blocks.values():
+        module = block if mode == "full" else block.attention
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)

@@ -1,7 +1,7 @@
-"""The split table: which parameter is cut along which dim, and which module takes the place of the plain one.
+"""The sharding plan: along which dim each parameter is sharded, and which layer takes the place of the plain one.
 
-Model files know nothing of it. A parameter is cut from its whole value and joined back to it; what pads a piece never
-leaves the process.
+Model files know nothing of it. A shard is made from a parameter's whole value and merged back into it; what pads a
+shard never leaves the process.
 """
 
 from typing import NamedTuple
@@ -11,98 +11,99 @@ from torch import Tensor, nn
 
 from megacocomix.model.gpt2 import GPT2
 from megacocomix.parallel.layers import (
-    ColumnLinear,
-    ColumnQKV,
-    CompressRows,
-    KeepLargestOfAll,
-    Piece,
+    ColumnParallelLinear,
+    ColumnParallelQKV,
+    GlobalTopK,
     PositionEmbedding,
-    RowLinear,
-    TensorRanks,
-    WordEmbedding,
+    RowParallelCompress,
+    RowParallelLinear,
+    Shard,
+    TensorGroup,
+    VocabParallelEmbedding,
 )
 
 
-class Split(NamedTuple):
-    """How one module is split. Parameters with fewer dims than `dim` (biases of row layers), and all of a module whose
-    dim is None, are whole on every rank."""
+class Rule(NamedTuple):
+    """How one module is sharded. Parameters with fewer dims than `dim` (biases of row layers), and all of a module
+    whose dim is None, are whole on every rank."""
 
     layer: type[nn.Module]
     dim: int | None
     padded: bool = False
 
 
-SPLITS = {
-    "embed.tokens": Split(WordEmbedding, 0, padded=True),
-    "embed.positions": Split(PositionEmbedding, None),
-    "attention.qkv": Split(ColumnQKV, 0),  # rows lie head by head, so a cut is a number of heads
-    "attention.out": Split(RowLinear, 1),
-    "mlp.up": Split(ColumnLinear, 0),
-    "mlp.down": Split(RowLinear, 1),
-    "concept.predict": Split(ColumnLinear, 0, padded=True),
-    "predict_hidden.up": Split(ColumnLinear, 0),
-    "predict_hidden.down": Split(RowLinear, 1),
-    "concept.compress": Split(CompressRows, 0, padded=True),  # by concepts; its bias is of the width, see split_dim
-    "head": Split(ColumnLinear, 0, padded=True),  # tied to embed.tokens: must be cut as it is
+PLAN = {
+    "embed.tokens": Rule(VocabParallelEmbedding, 0, padded=True),
+    "embed.positions": Rule(PositionEmbedding, None),
+    "attention.qkv": Rule(ColumnParallelQKV, 0),  # rows lie head by head, so a shard is a number of heads
+    "attention.out": Rule(RowParallelLinear, 1),
+    "mlp.up": Rule(ColumnParallelLinear, 0),
+    "mlp.down": Rule(RowParallelLinear, 1),
+    "concept.predict": Rule(ColumnParallelLinear, 0, padded=True),
+    "predict_hidden.up": Rule(ColumnParallelLinear, 0),
+    "predict_hidden.down": Rule(RowParallelLinear, 1),
+    "concept.compress": Rule(
+        RowParallelCompress, 0, padded=True
+    ),  # by concepts; its bias is of the width, see shard_dim
+    "head": Rule(ColumnParallelLinear, 0, padded=True),  # tied to embed.tokens: must be sharded as it is
 }
 
 
-def _split_of(module_path: str) -> Split | None:
-    return next((split for end, split in SPLITS.items() if f".{module_path}".endswith(f".{end}")), None)
+def _rule_of(module_path: str) -> Rule | None:
+    return next((rule for end, rule in PLAN.items() if f".{module_path}".endswith(f".{end}")), None)
 
 
-def split_dim(name: str) -> int | None:
-    """The dim along which a parameter is cut over tensor ranks; None where every rank holds it whole."""
+def shard_dim(name: str) -> int | None:
+    """The dim along which a parameter is sharded over tensor ranks; None where every rank holds it whole."""
     module_path, _, kind = name.rpartition(".")
-    split = _split_of(module_path)
-    if split is None or (kind == "bias" and split.layer not in (ColumnLinear, ColumnQKV)):
+    rule = _rule_of(module_path)
+    if rule is None or (kind == "bias" and rule.layer not in (ColumnParallelLinear, ColumnParallelQKV)):
         return None
-    return split.dim
+    return rule.dim
 
 
-def piece_of(name: str, whole: torch.Size, size: int, rank: int) -> Piece:
-    """Which part of a split parameter a rank holds along split_dim."""
-    return Piece.of(whole[split_dim(name)], size, rank, _split_of(name.rpartition(".")[0]).padded)
+def shard_of(name: str, whole: torch.Size, size: int, rank: int) -> Shard:
+    """Which part of a sharded parameter a rank holds along shard_dim."""
+    return Shard.of(whole[shard_dim(name)], size, rank, _rule_of(name.rpartition(".")[0]).padded)
 
 
-def cut(name: str, whole: Tensor, size: int, rank: int) -> Tensor:
-    """A rank's piece of a whole parameter (or of a moment of it), padded with zeros."""
-    dim = split_dim(name)
+def shard(name: str, whole: Tensor, size: int, rank: int) -> Tensor:
+    """A rank's shard of a whole parameter (or of a moment of it), padded with zeros."""
+    dim = shard_dim(name)
     if size == 1 or dim is None:
         return whole
-    piece = piece_of(name, whole.shape, size, rank)
-    part = whole.narrow(dim, piece.start, piece.owned)
-    if piece.owned == piece.stored:
+    extent = shard_of(name, whole.shape, size, rank)
+    part = whole.narrow(dim, extent.start, extent.owned)
+    if extent.owned == extent.stored:
         return part.contiguous()
     shape = list(whole.shape)
-    shape[dim] = piece.stored
+    shape[dim] = extent.stored
     padded = whole.new_zeros(shape)
-    padded.narrow(dim, 0, piece.owned).copy_(part)
+    padded.narrow(dim, 0, extent.owned).copy_(part)
     return padded
 
 
-def join(name: str, pieces: list[Tensor], whole: torch.Size) -> Tensor:
-    """The whole parameter from all ranks' pieces, without their padding."""
-    dim = split_dim(name)
-    if len(pieces) == 1 or dim is None:
-        return pieces[0]
-    owned = [piece_of(name, whole, len(pieces), rank).owned for rank in range(len(pieces))]
-    return torch.cat([piece.narrow(dim, 0, count) for piece, count in zip(pieces, owned, strict=True)], dim)
+def unshard(name: str, shards: list[Tensor], whole: torch.Size) -> Tensor:
+    """The whole parameter from all ranks' shards, without their padding."""
+    dim = shard_dim(name)
+    if len(shards) == 1 or dim is None:
+        return shards[0]
+    owned = [shard_of(name, whole, len(shards), rank).owned for rank in range(len(shards))]
+    return torch.cat([each.narrow(dim, 0, count) for each, count in zip(shards, owned, strict=True)], dim)
 
 
-def split_modules(part: GPT2, ranks: TensorRanks) -> None:
-    """Put split layers in the place of plain ones. Parameters are taken over as they are: cut them when setting
-    values."""
+def parallelize(part: GPT2, group: TensorGroup) -> None:
+    """Put tensor-parallel layers in the place of plain ones. Parameters are taken over as they are: shard them when
+    setting values."""
     for path, module in list(part.named_modules()):
-        if (split := _split_of(path)) is None:
+        if (rule := _rule_of(path)) is None:
             continue
-        piece = None
-        if split.dim == 0:
-            piece = Piece.of(module.weight.shape[0], ranks.size, ranks.rank, split.padded)
-        _replace(part, path, split.layer(module, ranks, piece))
-    if part.concept is not None and part.concept.keep is not None:
-        num_kept, piece = part.concept.keep.num_kept, part.concept.compress.piece
-        part.concept.keep = KeepLargestOfAll(num_kept, ranks, piece)
+        extent = None
+        if rule.dim == 0:
+            extent = Shard.of(module.weight.shape[0], group.size, group.rank, rule.padded)
+        _replace(part, path, rule.layer(module, group, extent))
+    if part.concept is not None and part.concept.top_k is not None:
+        part.concept.top_k = GlobalTopK(part.concept.top_k.num_kept, group, part.concept.compress.shard)
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:

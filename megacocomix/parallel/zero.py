@@ -1,9 +1,10 @@
 """DeepSpeed: engine construction, and every place where its internals are touched. Written for the versions in TESTED.
 
 The rest of the project sees an engine that it can call, that sums gradients over micro-batches and steps, and the fp32
-weights, gradients and Adam moments as slices by parameter name (`local_slices`), whatever the ZeRO stage.
+weights, gradients and Adam moments as slices by parameter name (`local_slices`), whatever the ZeRO stage. Where a stage
+keeps these is known to one class a kind of partition: `_Replicated`, `_Bf16Stage1`, `_FlatShards`, `_ParameterShards`.
 
-What DeepSpeed would do otherwise, and where it is mended here:
+What DeepSpeed would do otherwise, and where it is corrected:
 - ZeRO-3 broadcasts the order of its modules over all processes, whose order differs between pipeline stages: it would
   wait for ever. `_stop_tracing`.
 - Only a forward pass re-arms its reduction hooks: of two backward passes in a row the second would be lost.
@@ -11,8 +12,8 @@ What DeepSpeed would do otherwise, and where it is mended here:
 - A gradient that the last step left in a partition is added to, when a parameter is first used in a later backward
   pass. `begin_step`.
 - Its gradient norm counts tied and replicated parameters wrongly under a pipeline, and its collectives differ in number
-  between stages. The norm and the clipping are ours: `_finish_gradients`; DeepSpeed's are switched off.
-- It knows no tied weight on two stages: `_sum_shared_gradients`, `_sum_tied_before_reduction`.
+  between stages. The norm and the clipping are ours: `Engine._finish_gradients`; DeepSpeed's are switched off.
+- It knows no tied weight on two stages: `Engine._sum_shared_gradients`, `_FlatShards.before_reduction`.
 """
 
 import logging
@@ -26,10 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megacocomix.config import Config
+from megacocomix.config.schema import Config
 from megacocomix.parallel.grid import Grid
-from megacocomix.parallel.stage import TIED, LocalStages
-from megacocomix.parallel.tensor import split_dim
+from megacocomix.parallel.stage import TIED, StageModule
+from megacocomix.parallel.tensor import shard_dim
 
 # Before its first import: DeepSpeed logs the import itself.
 logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR"))
@@ -44,18 +45,18 @@ STATES = ("weight", "exp_avg", "exp_avg_sq")
 
 
 class Slice(NamedTuple):
-    """What this rank holds of one fp32 state of one parameter: elements [start, start + len(values)) of the flat form
-    of its tensor rank's piece."""
+    """What this rank holds of one fp32 state of one parameter: elements [start, start + len(values)) of its tensor
+    rank's shard, flattened."""
 
     name: str
     """In the whole model."""
-    piece: torch.Size
-    """Shape of the tensor rank's piece."""
+    shard_shape: torch.Size
+    """Of the tensor rank's shard."""
     start: int
     values: Tensor
     """A flat view: writing to it changes the state. Empty on ranks that hold nothing."""
     is_replicated: bool
-    """Every data rank holds the whole piece, rather than sharing it."""
+    """Every data rank holds the whole shard, rather than a part of it."""
     is_copy: bool
     """The last stage's copy of the tied weight, equal to the first stage's."""
 
@@ -100,14 +101,16 @@ class Engine:
 
     def __init__(
         self,
-        stages: LocalStages,
+        stages: StageModule,
         whole_value: Callable[[str], Tensor],
         build_optimizer: Callable[[list], torch.optim.Optimizer],
         config: Config,
         grid: Grid,
+        on_gradients: Callable[[], None] = lambda: None,
     ):
         """`whole_value(name)` gives the weights to begin with, fp32 on the CPU; `build_optimizer` takes (name, number
-        of dims, parameter) triples. Called by all ranks."""
+        of dims, parameter) triples; `on_gradients` is called in each step when the gradients are summed, before they
+        are clipped. Called by all ranks."""
         if deepspeed.__version__ not in TESTED and grid.runtime.is_main:
             logging.getLogger(__name__).warning(
                 "deepspeed %s is not among the tested versions %s: its private parts may have moved",
@@ -117,37 +120,23 @@ class Engine:
         if grid.device.type == "cpu":
             # Would be compiled, for half a minute, and gloo does without.
             __compatible_ops__["deepspeed_shm_comm"] = False
-        self.grid, self.stages, self.zero_stage, self.clip = grid, stages, config.parallel.zero, config.optimizer.clip
-        self.holds_weights = self.zero_stage == 3 and config.parallel.gather == "per_step"
+        self.grid, self.stages, self.clip, self.on_gradients = grid, stages, config.optimizer.clip, on_gradients
         self.sums_over_tensor = grid.tensor > 1 and config.parallel.sequence
         self.offload = config.parallel.offload_optimizer
         options = deepspeed_config(config, grid.device)
         stages.set_parameters(whole_value, _placer(options, config, grid))
-        named = [(name, len(stages.whole_shapes[name]), parameter) for name, parameter, _ in stages.named_pieces()]
+        named = [(name, len(stages.whole_shapes[name]), parameter) for name, parameter, _ in stages.named_shards()]
         self._engine, self.optimizer, *_ = deepspeed.initialize(
             model=stages, optimizer=build_optimizer(named), config=options, mpu=grid, dist_init_required=False
         )
         self._norm = 0.0
         self._update = self._engine._take_model_step
         self._engine._take_model_step = self._finish_gradients
-        # DeepSpeed has an optimizer of its own for stage 1 in bf16, which, as stage 0, reduces gradients whole.
-        self.is_bf16_stage_1 = hasattr(self.optimizer, "fp32_groups_gradients")
-        self.reduces_whole = self.zero_stage == 0 or self.is_bf16_stage_1
-        if self.is_bf16_stage_1:
-            self.optimizer.get_grads_for_norm = lambda: ([torch.tensor([self._norm], device=grid.device)], {})
-        elif self.zero_stage in (1, 2):
-            self.optimizer.scaled_global_norm = lambda: torch.tensor(self._norm)
-        elif self.zero_stage == 3:
-            self.optimizer._get_norm_groups = lambda: [torch.tensor(self._norm)]
-            groups = self.optimizer.fp16_groups
-            self.place_in_group = {parameter: i for group in groups for i, parameter in enumerate(group)}
-            if grid.pipeline > 1:
-                _stop_tracing(self.optimizer.parameter_offload.get_param_coordinator())
+        self._partition = _choose_partition(self, config)
 
     def __call__(self, *args):
-        """The forward pass of LocalStages."""
-        # DeepSpeed refuses stage 0 a backward pass that it does not start itself; without its hooks it is plain torch.
-        return self.stages(*args) if self.zero_stage == 0 else self._engine(*args)
+        """The forward pass of StageModule."""
+        return self._partition.forward(*args)
 
     def train(self, mode: bool = True) -> None:
         """Switch dropout on or off."""
@@ -155,53 +144,39 @@ class Engine:
 
     def begin_step(self) -> None:
         """Before the first forward pass of a step."""
-        if self.zero_stage == 3:
-            self.optimizer.grad_partitions_flat_buffer.zero_()
-            self.optimizer.micro_step_id = 1  # add to the partitions, never overwrite them
-        if self.holds_weights:
-            for _, parameter, _ in self.stages.named_pieces():
-                parameter.ds_active_sub_modules.add("step")  # a user that never ends: what is gathered stays
+        self._partition.begin_step()
 
     def before_backward(self) -> None:
         """Right before each backward pass."""
-        if self.zero_stage:
-            self.optimizer.clear_backward_seen_flag()
+        self._partition.before_backward()
 
     def step(self) -> None:
         """Reduce gradients over the data ranks, clip them, update the weights."""
-        if self.zero_stage == 1 and not self.reduces_whole:
-            self._sum_tied_before_reduction()
+        self._partition.before_reduction()
         self._engine.step()
 
     def gradient_norm(self) -> float:
-        """Global gradient norm before clipping, of the last step."""
+        """Global gradient norm before clipping, of the last step. Where it is not finite, the weights were left as they
+        were; all ranks agree."""
         return self._norm
-
-    def step_was_applied(self) -> bool:
-        """False when the last step's gradient was not finite, so that the weights were left as they were; all ranks
-        agree."""
-        return math.isfinite(self._norm)
 
     def local_slices(self, state: str) -> Iterator[Slice]:
         """This rank's part of `state` (one of STATES) of every parameter, in the same order on all ranks of a stage."""
-        self._create_moments()
-        return self._slices(lambda parameter: self._local_values(parameter, state), is_replicated=self.zero_stage == 0)
+        self._partition.create_moments()
+        values = lambda parameter: self._partition.values(parameter, state)
+        return self._slices(values, self._partition.replicates_states)
 
     def set_step(self, step: int) -> None:
         """Tell Adam's bias correction how many steps were taken."""
-        self._create_moments()
-        for state in self._adam().state.values():
+        self._partition.create_moments()
+        for state in self._partition.adam.state.values():
             state["step"].fill_(step)
 
     def gradients(self) -> Iterator[Slice]:
         """This rank's part of the summed gradients. Only while a step is under way: after reduction, before the
         update."""
-        if self.zero_stage in (1, 2) and not (self.offload or self.reduces_whole):
-            for group in self.optimizer.averaged_gradients:
-                gradients = self.optimizer.averaged_gradients[group]
-                if getattr(gradients, "flat_partition", None) is None and len(gradients) > 1:
-                    self.optimizer.averaged_gradients[group] = [torch.cat([piece.flatten() for piece in gradients])]
-        return self._slices(self._local_gradient, is_replicated=self.reduces_whole)
+        self._partition.merge_gradients()
+        return self._slices(self._partition.gradient, self._partition.replicates_gradients)
 
     def _finish_gradients(self, lr_kwargs: dict) -> None:
         """In the place of DeepSpeed's own step, which it ends with: gradients are reduced over the data ranks now."""
@@ -209,7 +184,8 @@ class Engine:
             torch.cuda.synchronize()  # they are still being copied to the host
         with torch.no_grad():
             self._sum_shared_gradients()
-            counted = [piece.values for piece in self.gradients() if self._counts(piece)]
+            self.on_gradients()
+            counted = [each.values for each in self.gradients() if self._counts(each)]
             norms = torch.stack(torch._foreach_norm(counted)) if counted else torch.zeros(1)
             total = norms.to(self.grid.device, torch.float64).square().sum()
             dist.all_reduce(total)
@@ -217,82 +193,86 @@ class Engine:
             if not math.isfinite(self._norm):
                 return
             if self._norm > self.clip:
-                for piece in self.gradients():
-                    piece.values.mul_(self.clip / (self._norm + 1e-6))
+                for each in self.gradients():
+                    each.values.mul_(self.clip / (self._norm + 1e-6))
         self._update(lr_kwargs)
 
-    def _counts(self, piece: Slice) -> bool:
+    def _counts(self, gradient: Slice) -> bool:
         """Whether this rank's slice goes into the norm: what several ranks hold alike is counted once."""
-        if piece.is_copy or (piece.is_replicated and self.grid.data_rank):
+        if gradient.is_copy or (gradient.is_replicated and self.grid.data_rank):
             return False
-        return split_dim(piece.name) is not None or self.grid.tensor_rank == 0
+        return shard_dim(gradient.name) is not None or self.grid.tensor_rank == 0
 
     def _sum_shared_gradients(self) -> None:
         if self.sums_over_tensor:  # each rank has seen its positions only
-            pieces = [piece.values for piece in self.gradients() if split_dim(piece.name) is None]
-            _sum_all(pieces, self.grid.tensor_group)
-        if self.grid.pipeline > 1 and (self.reduces_whole or self.zero_stage == 3):
-            _sum_all([piece.values for piece in self.gradients() if piece.name == TIED], self.grid.tied_group)
-
-    def _sum_tied_before_reduction(self) -> None:
-        """Stage 1 cuts all gradients of a stage as one: the two ends of the pipeline cut the tied one at different
-        places. Before that each rank still holds it whole."""
-        for name, parameter, _ in self.stages.named_pieces():
-            if name == TIED and self.grid.pipeline > 1:
-                dist.all_reduce(self.optimizer.get_param_gradient_attribute(parameter), group=self.grid.tied_group)
+            replicated = [each.values for each in self.gradients() if shard_dim(each.name) is None]
+            _sum_all(replicated, self.grid.tensor_group)
+        if self.grid.pipeline > 1 and self._partition.sums_tied_after_reduction:
+            _sum_all([each.values for each in self.gradients() if each.name == TIED], self.grid.tied_group)
 
     def _slices(self, values_of: Callable[[nn.Parameter], tuple[int, Tensor]], is_replicated: bool) -> Iterator[Slice]:
-        for name, parameter, is_copy in self.stages.named_pieces():
+        for name, parameter, is_copy in self.stages.named_shards():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             start, values = values_of(parameter)
             # DeepSpeed pads the last partition: what lies beyond the parameter is not ours.
             values = values[: max(0, math.prod(shape) - start)]
             yield Slice(name, shape, start, values, is_replicated, is_copy)
 
-    def _adam(self) -> torch.optim.Optimizer:
-        return self.optimizer if self.zero_stage == 0 else self.optimizer.optimizer
 
-    def _masters(self) -> list[Tensor]:
-        """The flat fp32 partitions that Adam steps on; under stage 0 the parameters themselves."""
-        if self.zero_stage == 3:
-            return self.optimizer.fp32_partitioned_groups_flat
-        return [parameter for group in self._adam().param_groups for parameter in group["params"]]
+class _Partition:
+    """Where an optimizer of DeepSpeed keeps masters, moments and gradients. The base class is of all that shard."""
 
-    def _create_moments(self) -> None:
+    replicates_states = False
+    replicates_gradients = False
+    sums_tied_after_reduction = True
+
+    def __init__(self, engine: Engine):
+        self.engine, self.optimizer, self.forward = engine, engine.optimizer, engine._engine
+        self.adam = self.optimizer.optimizer
+
+    def begin_step(self) -> None:
+        """Before the first forward pass of a step."""
+
+    def before_backward(self) -> None:
+        """Right before each backward pass."""
+        self.optimizer.clear_backward_seen_flag()
+
+    def before_reduction(self) -> None:
+        """After the last backward pass, before gradients are reduced over the data ranks."""
+
+    def merge_gradients(self) -> None:
+        """Bring the gradients into the form that `gradient` reads."""
+
+    def masters(self) -> list[Tensor]:
+        """The flat fp32 partitions that Adam steps on."""
+        return [parameter for group in self.adam.param_groups for parameter in group["params"]]
+
+    def create_moments(self) -> None:
         """Adam makes its moments at the first step; make them as it would, where a state is read or set before that."""
-        for flat in self._masters():
-            state = self._adam().state[flat]
+        for flat in self.masters():
+            state = self.adam.state[flat]
             if "exp_avg" not in state:
                 state["step"] = torch.zeros((), device=flat.device if flat.is_cuda else None)
                 state["exp_avg"] = torch.zeros_like(flat)
                 state["exp_avg_sq"] = torch.zeros_like(flat)
 
-    def _local_values(self, parameter: nn.Parameter, state: str) -> tuple[int, Tensor]:
-        group, start, within = self._place(parameter)
-        flat = parameter if self.zero_stage == 0 else self._masters()[group]
-        values = flat.data if state == "weight" else self._adam().state[flat][state]
+    def values(self, parameter: nn.Parameter, state: str) -> tuple[int, Tensor]:
+        """First element of the parameter that this rank holds, and the flat values of `state` from there."""
+        group, start, within = self.place(parameter)
+        flat = self.masters()[group]
+        values = flat.data if state == "weight" else self.adam.state[flat][state]
         return start, values.view(-1)[within]
 
-    def _local_gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
-        if self.reduces_whole:
-            return 0, (parameter._hp_grad if self.is_bf16_stage_1 else parameter.grad).view(-1)
-        group, start, within = self._place(parameter)
-        if self.offload:
-            return start, self._masters()[group].grad.view(-1)[within]
-        gradients = self.optimizer.averaged_gradients[group]
-        if self.zero_stage == 3:
-            return start, gradients[self.place_in_group[parameter]].view(-1)
-        flat = getattr(gradients, "flat_partition", None)
-        return start, (gradients[0] if flat is None else flat).view(-1)[within]
+    def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        """The same of the gradient."""
+        group, start, within = self.place(parameter)
+        if self.engine.offload:
+            return start, self.masters()[group].grad.view(-1)[within]
+        return start, self.reduced_gradient(parameter, group, within)
 
-    def _place(self, parameter: nn.Parameter) -> tuple[int, int, slice]:
+    def place(self, parameter: nn.Parameter) -> tuple[int, int, slice]:
         """Where this rank's part of a parameter is: number of the flat partition, first element of the parameter, and
         where in the partition it lies."""
-        if self.zero_stage == 0:
-            return 0, 0, slice(None)
-        if self.zero_stage == 3:
-            group, offset, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-            return group, self.grid.data_rank * length, slice(offset, offset + length)
         fragment = parameter._hp_mapping
         if fragment is None:  # this rank's partition ends before or begins after the parameter
             return 0, 0, slice(0, 0)
@@ -303,9 +283,122 @@ class Engine:
             slice(address.start, address.start + address.numel),
         )
 
+    def reduced_gradient(self, parameter: nn.Parameter, group: int, within: slice) -> Tensor:
+        """The flat gradient of this rank's part, where it is on the device."""
+        raise NotImplementedError
+
+
+class _Replicated(_Partition):
+    """Stage 0: torch's own parameters and gradients, whole on every data rank."""
+
+    replicates_states = replicates_gradients = True
+
+    def __init__(self, engine: Engine):
+        # DeepSpeed refuses stage 0 a backward pass that it does not start itself; without its hooks it is plain torch.
+        self.engine, self.optimizer, self.adam, self.forward = engine, engine.optimizer, engine.optimizer, engine.stages
+
+    def before_backward(self) -> None:
+        """Nothing to re-arm."""
+
+    def values(self, parameter: nn.Parameter, state: str) -> tuple[int, Tensor]:
+        values = parameter.data if state == "weight" else self.adam.state[parameter][state]
+        return 0, values.view(-1)
+
+    def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        return 0, parameter.grad.view(-1)
+
+
+class _Bf16Stage1(_Partition):
+    """Stage 1 in bf16, for which DeepSpeed has an optimizer of its own: masters are sharded, gradients are reduced
+    whole, in fp32."""
+
+    replicates_gradients = True
+
+    def __init__(self, engine: Engine):
+        super().__init__(engine)
+        norm = lambda: torch.tensor([engine.gradient_norm()], device=engine.grid.device)
+        self.optimizer.get_grads_for_norm = lambda: ([norm()], {})
+
+    def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        return 0, parameter._hp_grad.view(-1)
+
+
+class _FlatShards(_Partition):
+    """Stages 1 and 2: the parameters of a group are laid end to end, and each data rank has one stretch of them."""
+
+    sums_tied_after_reduction = False
+
+    def __init__(self, engine: Engine, stage: int):
+        super().__init__(engine)
+        self.stage = stage
+        self.optimizer.scaled_global_norm = lambda: torch.tensor(engine.gradient_norm())
+
+    def before_reduction(self) -> None:
+        """Stage 1 cuts all gradients of a pipeline stage as one: the two ends of the pipeline cut the tied one at
+        different places. Before that each rank still holds it whole."""
+        if self.stage == 1 and self.engine.grid.pipeline > 1:
+            for name, parameter, _ in self.engine.stages.named_shards():
+                if name == TIED:
+                    gradient = self.optimizer.get_param_gradient_attribute(parameter)
+                    dist.all_reduce(gradient, group=self.engine.grid.tied_group)
+
+    def merge_gradients(self) -> None:
+        if self.engine.offload:
+            return
+        for group, gradients in self.optimizer.averaged_gradients.items():
+            if getattr(gradients, "flat_partition", None) is None and len(gradients) > 1:
+                flat = torch.cat([gradient.flatten() for gradient in gradients])
+                self.optimizer.averaged_gradients[group] = [flat]
+
+    def reduced_gradient(self, parameter: nn.Parameter, group: int, within: slice) -> Tensor:
+        gradients = self.optimizer.averaged_gradients[group]
+        flat = getattr(gradients, "flat_partition", None)
+        return (gradients[0] if flat is None else flat).view(-1)[within]
+
+
+class _ParameterShards(_Partition):
+    """Stage 3: each parameter by itself is shared among the data ranks."""
+
+    def __init__(self, engine: Engine, holds_weights: bool):
+        super().__init__(engine)
+        self.holds_weights = holds_weights
+        self.optimizer._get_norm_groups = lambda: [torch.tensor(engine.gradient_norm())]
+        groups = self.optimizer.fp16_groups
+        self.place_in_group = {parameter: i for group in groups for i, parameter in enumerate(group)}
+        if engine.grid.pipeline > 1:
+            _stop_tracing(self.optimizer.parameter_offload.get_param_coordinator())
+
+    def begin_step(self) -> None:
+        self.optimizer.grad_partitions_flat_buffer.zero_()
+        self.optimizer.micro_step_id = 1  # add to the partitions, never overwrite them
+        if self.holds_weights:
+            for _, parameter, _ in self.engine.stages.named_shards():
+                parameter.ds_active_sub_modules.add("step")  # a user that never ends: what is gathered stays
+
+    def masters(self) -> list[Tensor]:
+        return self.optimizer.fp32_partitioned_groups_flat
+
+    def place(self, parameter: nn.Parameter) -> tuple[int, int, slice]:
+        group, offset, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        return group, self.engine.grid.data_rank * length, slice(offset, offset + length)
+
+    def reduced_gradient(self, parameter: nn.Parameter, group: int, within: slice) -> Tensor:
+        return self.optimizer.averaged_gradients[group][self.place_in_group[parameter]].view(-1)
+
+
+def _choose_partition(engine: Engine, config: Config) -> _Partition:
+    parallel = config.parallel
+    if parallel.zero == 0:
+        return _Replicated(engine)
+    if parallel.zero == 3:
+        return _ParameterShards(engine, holds_weights=not parallel.reshard_after_forward)
+    if hasattr(engine.optimizer, "fp32_groups_gradients"):
+        return _Bf16Stage1(engine)
+    return _FlatShards(engine, parallel.zero)
+
 
 def _placer(options: dict, config: Config, grid: Grid) -> Callable[[Tensor], nn.Parameter]:
-    """Where a parameter's value is to stay: on the device, and under stage 3 in partitions at once."""
+    """Where a parameter's value is to stay: on the device, and under stage 3 sharded at once."""
     if config.parallel.zero < 3:
         return lambda value: nn.Parameter(value.to(grid.device, copy=True))
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacocomix.method import LabelSign, LabelSource
+from megacocomix.config.method import LabelSign, LabelSource
 from megacocomix.model.losses import MASKED, row_chunks
-from megacocomix.teacher.cut import Teacher
-from megacocomix.teacher.sae import SAE
+from megacocomix.sae.model import SAE
+from megacocomix.teacher.model import Teacher
 
 
 class Scores(NamedTuple):

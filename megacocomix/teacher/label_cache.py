@@ -22,7 +22,7 @@ from megacocomix.errors import UserError
 from megacocomix.files import write_json
 from megacocomix.model.losses import MASKED
 
-FORMAT, VERSION = "megacocomix-labels", 1
+FORMAT, VERSION = "megacocomix-labels", 2
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 32
 # What a kill can cost: some seconds of labelling on a GPU; on a CPU minutes, or with a large teacher and much text
@@ -79,7 +79,7 @@ class CacheManifest:
         """The windows of a shard."""
         return range(shard * self.shard_windows, min((shard + 1) * self.shard_windows, self.num_windows))
 
-    def misfits(self, folder: Path, other: "CacheManifest") -> Iterator[str]:
+    def mismatches(self, folder: Path, other: "CacheManifest") -> Iterator[str]:
         """A line for everything in which `other`, what is wanted here, is not what this cache in `folder` was made
         of."""
         for name, what in (("data", "data.train"), ("teacher", "teacher.model"), ("sae", "teacher.sae")):
@@ -167,6 +167,8 @@ def read_manifest(folder: Path) -> CacheManifest:
     try:
         values = json.loads(file.read_bytes())
         found = values.pop("format"), values.pop("version")
+        if found == (FORMAT, 1):  # what is now called a chunk was a piece
+            found, values["settings"]["chunk"] = (FORMAT, VERSION), values["settings"].pop("piece")
         if found != (FORMAT, VERSION):
             raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {FORMAT} version {VERSION}.")
         manifest = TypeAdapter(CacheManifest).validate_json(json.dumps(values), strict=True)
@@ -187,7 +189,7 @@ def start_cache(folder: Path, manifest: CacheManifest) -> CacheManifest:
     with open(folder / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / MANIFEST).is_file():
-            if problems := list(read_manifest(folder).misfits(folder, manifest)):
+            if problems := list(read_manifest(folder).mismatches(folder, manifest)):
                 raise UserError(*problems, f"Choose another --out, or delete {folder}.")
         elif others := sorted(file.name for file in folder.iterdir() if file.name != ".lock"):
             raise UserError(f"--out {folder} holds other files, such as {others[0]}: choose an empty folder.")

@@ -1,6 +1,5 @@
 """Label all windows of a config's training data, in as many processes as there are, at once or one after the other."""
 
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +8,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megacocomix.config import Config
-from megacocomix.data.tokenizer import load_tokenizer
+from megacocomix.config.schema import Config
+from megacocomix.data.tokenizer import load_tokenizer, tokenizer_mismatches
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.hub import local_folder
+from megacocomix.signals import StopSignal
 from megacocomix.teacher.label_cache import CacheManifest, LabelCache, claim_shard, shard_file, start_cache
 from megacocomix.teacher.labels import ConceptLabeler, open_labeler
-from megacocomix.teacher.sources import wanted_cache
+from megacocomix.teacher.targets import wanted_cache
 
 # Between two looks at whether to stop.
 GROUP_TOKENS = 4096
@@ -49,11 +49,15 @@ def label_all(config: Config, out: Path, device: torch.device, rank: int = 0, wo
         raise UserError(f"method.name {config.method.name} has no concepts to label. Use method.name=cocomix.")
     tokenizer = load_tokenizer(config.data.tokenizer)
     train = TokenDataset(TokenShards.open(config.data.train, verify=rank == 0), config.model.context, None)
-    if train.shards.tokenizer_sha256 not in (None, tokenizer.sha256):
-        raise UserError(
-            f"data.train {config.data.train} was written with the tokenizer {train.shards.tokenizer_sha256}, but "
-            f"data.tokenizer {config.data.tokenizer} is {tokenizer.sha256}."
-        )
+    holders = (
+        (f"data.tokenizer {config.data.tokenizer}", tokenizer.sha256),
+        (
+            f"data.train {config.data.train}",
+            train.shards.tokenizer_sha256,
+        ),
+    )
+    if problems := tokenizer_mismatches(*holders):
+        raise UserError(*problems)
     local_folder(config.teacher.model, download=True)  # processes that ask at once wait for the first one's download
     labeler = open_labeler(config, device, tokenizer.eot_id)
     report = LabelReport(num_windows=train.num_windows)
@@ -70,10 +74,11 @@ def label_all(config: Config, out: Path, device: torch.device, rank: int = 0, wo
     ) as bar:
         # Each begins with the shards that are its own, then helps with what is left, until nothing is to be had.
         shards = sorted(range(manifest.num_shards), key=lambda shard: (shard - rank) % world)
-        handlers = _note_signals(report)
         try:
-            while _pass_over(shards, out, manifest, labeler, train, report, bar, rank, world):
-                pass
+            with StopSignal() as stop:
+                while _pass_over(shards, out, manifest, labeler, train, report, bar, stop, rank, world):
+                    pass
+            report.is_stopped = bool(stop)
         except OSError as error:
             report.problems = (
                 f"{out} cannot be written ({error.strerror or error}): the shards that are complete stay valid; "
@@ -81,9 +86,6 @@ def label_all(config: Config, out: Path, device: torch.device, rank: int = 0, wo
             )
         except UserError as error:
             report.problems = error.problems
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     report.num_held = LabelCache(out).num_held
     return report
 
@@ -96,6 +98,7 @@ def _pass_over(
     train: TokenDataset,
     report: LabelReport,
     bar: tqdm,
+    stop: StopSignal,
     rank: int,
     world: int,
 ) -> bool:
@@ -107,17 +110,17 @@ def _pass_over(
         with claim_shard(out, shard, verify=shard % world == rank) as write:
             if write and shard_file(out, shard).is_file():
                 print(f"warning: {shard_file(out, shard)} is damaged; it is labelled again", file=sys.stderr)
-            labels = _label(labeler, train, manifest.windows(shard), report, bar) if write else None
+            labels = _label(labeler, train, manifest.windows(shard), stop, bar) if write else None
             if labels is not None:
                 write(labels)
                 report.num_labelled += len(labels)
-        if report.is_stopped:
+        if stop:
             return False
     return report.num_labelled > before and not all(shard_file(out, shard).is_file() for shard in shards)
 
 
 def _label(
-    labeler: ConceptLabeler, train: TokenDataset, windows: range, report: LabelReport, bar: tqdm
+    labeler: ConceptLabeler, train: TokenDataset, windows: range, stop: StopSignal, bar: tqdm
 ) -> np.ndarray | None:
     """Labels of these windows, int64 [windows, T, K_attr]; None where a signal came in between."""
     labels, group = [], max(1, GROUP_TOKENS // train.context)
@@ -126,15 +129,6 @@ def _label(
         check_token_ids(tokens, labeler.teacher.vocab_size, "data.train")
         labels.append(labeler(torch.from_numpy(tokens).to(labeler.sae.decoder.device)).cpu())
         bar.update(len(tokens))
-        if report.is_stopped:
+        if stop:
             return None
     return torch.cat(labels).numpy()
-
-
-def _note_signals(report: LabelReport) -> dict:
-    """Make signals end the job cleanly; returns the handlers that were there."""
-
-    def note(_number, _frame) -> None:
-        report.is_stopped = True
-
-    return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}

@@ -7,17 +7,17 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from megacocomix.config import Config, Location
-from megacocomix.data.tokenizer import load_tokenizer
+from megacocomix.config.method import LabelSign, LabelSource
+from megacocomix.config.schema import Config, Location
+from megacocomix.data.tokenizer import load_tokenizer, tokenizer_mismatches
 from megacocomix.errors import UserError
-from megacocomix.method import LabelSign, LabelSource
 from megacocomix.model.flops import attention_flops
 from megacocomix.model.losses import MASKED
+from megacocomix.sae.file import load_sae
+from megacocomix.sae.model import SAE
 from megacocomix.teacher.attribution import score, select_labels
-from megacocomix.teacher.cut import Teacher
 from megacocomix.teacher.load import load_teacher, teacher_tokenizer
-from megacocomix.teacher.sae import SAE
-from megacocomix.teacher.sae_file import load_sae
+from megacocomix.teacher.model import Teacher
 
 # Tokens of one forward pass of the teacher: enough to keep a device busy, few enough that the graph above the cut is
 # small.
@@ -34,7 +34,7 @@ class LabelSettings:
     mask_unlabelled: bool
     masked_token: int | None
     """Positions with this token are not labelled: the end of text, or None."""
-    piece: int
+    chunk: int
     """Tokens that are labelled together: the window, or the teacher's context where that is shorter."""
     seed: int | None
     """Of random labels."""
@@ -55,7 +55,7 @@ class ConceptLabeler:
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T] → int64 [B, T, K_attr] on the same device, whatever else is in the batch."""
-        labels_BTk = in_pieces(tokens_BT, self.settings.piece, self._label)
+        labels_BTk = in_chunks(tokens_BT, self.settings.chunk, self._label)
         if self.settings.masked_token is not None:
             labels_BTk[tokens_BT == self.settings.masked_token] = MASKED
         return labels_BTk
@@ -65,7 +65,7 @@ class ConceptLabeler:
         pass above the cut that stops at activations, which costs a linear layer once more and attention twice; the
         other sources take the forward pass below the cut. Then encoding, and K scores."""
         teacher, sae = self.teacher, self.sae
-        linear, attention = 2 * teacher.num_block_weights, attention_flops(teacher.width, self.settings.piece)
+        linear, attention = 2 * teacher.num_block_weights, attention_flops(teacher.width, self.settings.chunk)
         encoding = 2 * sae.width * sae.num_latents
         if self.settings.source != "attribution":
             return (teacher.layer + 1) * (linear + attention) + encoding
@@ -81,11 +81,11 @@ class ConceptLabeler:
         return select_labels(scores, settings.num_labels, settings.mask_unlabelled, settings.sign)
 
 
-def in_pieces(tokens_BT: Tensor, piece: int, read: Callable[[Tensor], Tensor]) -> Tensor:
-    """`read` of windows [G, T or less] → [G, T or less, …], over windows of which each `piece` tokens are read by
-    themselves, a few at a time: [B, T, …]."""
-    pieces = [_in_groups(piece_BT, read) for piece_BT in tokens_BT.split(piece, dim=1)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+def in_chunks(tokens_BT: Tensor, chunk: int, read: Callable[[Tensor], Tensor]) -> Tensor:
+    """`read` of windows [G, T or less] → [G, T or less, …], over windows of which each `chunk` tokens are read by
+    themselves, a few windows at a time: [B, T, …]."""
+    chunks = [_in_groups(chunk_BT, read) for chunk_BT in tokens_BT.split(chunk, dim=1)]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
 
 def _in_groups(tokens_BT: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
@@ -113,7 +113,7 @@ def open_teacher(config: Config, device: torch.device) -> Teacher:
     if not (method.learns_concepts or method.learns_hidden):
         layer, location = 0, "resid_post_mlp"
     teacher = load_teacher(options.model, layer, location, device, teacher_dtype(config, device))
-    problems = [*_teacher_misfits(config, teacher), *_tokenizer_misfits(config)]
+    problems = [*_teacher_mismatches(config, teacher), *_tokenizer_problems(config)]
     if problems:
         raise UserError(*problems)
     return teacher
@@ -126,9 +126,9 @@ def open_labeler(config: Config, device: torch.device, eot_id: int) -> ConceptLa
     teacher = load_teacher(options.model, options.sae_layer, options.location, device, teacher_dtype(config, device))
     sae = load_sae(options.sae, device)
     problems = [
-        *_sae_misfits(config, teacher, sae),
-        *_teacher_misfits(config, teacher),
-        *_tokenizer_misfits(config, sae),
+        *_sae_mismatches(config, teacher, sae),
+        *_teacher_mismatches(config, teacher),
+        *_tokenizer_problems(config, sae),
     ]
     if problems:
         raise UserError(*problems)
@@ -144,14 +144,14 @@ def label_settings(config: Config, teacher_context: int, eot_id: int) -> LabelSe
         sign=method.label_sign,
         mask_unlabelled=method.mask_unlabelled,
         masked_token=None if method.label_end_of_text else eot_id,
-        piece=min(config.model.context, teacher_context),
+        chunk=min(config.model.context, teacher_context),
         seed=config.training.seed if method.label_source == "random" else None,
         sae_layer=config.teacher.sae_layer,
         location=config.teacher.location,
     )
 
 
-def _sae_misfits(config: Config, teacher: Teacher, sae: SAE):
+def _sae_mismatches(config: Config, teacher: Teacher, sae: SAE):
     method, options = config.method, config.teacher
     path = options.sae
     if sae.width != teacher.width:
@@ -172,9 +172,9 @@ def _sae_misfits(config: Config, teacher: Teacher, sae: SAE):
             yield f"teacher.sae {path} was trained for {key} {sae.info[key]}, but this run has {value}."
 
 
-def _teacher_misfits(config: Config, teacher: Teacher):
+def _teacher_mismatches(config: Config, teacher: Teacher):
     model, method = config.model, config.method
-    yield from context_misfits(config, teacher.context)
+    yield from context_mismatches(config, teacher.context)
     if model.vocab_size < teacher.vocab_size:
         yield (
             f"model.vocab_size is {model.vocab_size}, but the teacher has {teacher.vocab_size} tokens. "
@@ -187,7 +187,7 @@ def _teacher_misfits(config: Config, teacher: Teacher):
         )
 
 
-def context_misfits(config: Config, teacher_context: int) -> Iterator[str]:
+def context_mismatches(config: Config, teacher_context: int) -> Iterator[str]:
     """A line where windows are longer than the teacher reads, and are not to be cut."""
     if config.model.context > teacher_context and not config.teacher.windowed:
         yield (
@@ -196,21 +196,14 @@ def context_misfits(config: Config, teacher_context: int) -> Iterator[str]:
         )
 
 
-def _tokenizer_misfits(config: Config, sae: SAE | None = None):
+def _tokenizer_problems(config: Config, sae: SAE | None = None):
     """What a teacher knows of a token means nothing for another token of the same id."""
     try:
         student = load_tokenizer(config.data.tokenizer)
     except UserError:
         return  # said by whoever opens the data
     theirs = teacher_tokenizer(config.teacher.model)
-    hashes = {
-        f"teacher.model {config.teacher.model}": theirs.sha256 if theirs else None,
-    }
+    holders = [(f"teacher.model {config.teacher.model}", theirs and theirs.sha256)]
     if sae:
-        hashes[f"teacher.sae {config.teacher.sae}"] = sae.info.get("tokenizer_sha256")
-    for what, sha256 in hashes.items():
-        if sha256 not in (None, student.sha256):
-            yield (
-                f"{what} has the tokenizer {sha256}, but data.tokenizer {config.data.tokenizer} is {student.sha256}: "
-                "student and teacher must read the same tokens."
-            )
+        holders.append((f"teacher.sae {config.teacher.sae}", sae.info.get("tokenizer_sha256")))
+    yield from tokenizer_mismatches((f"data.tokenizer {config.data.tokenizer}", student.sha256), *holders)

@@ -1,20 +1,20 @@
 """A teacher from a folder: GPT-2 of Hugging Face or a run of ours on our own modules, any other Hugging Face causal LM
 whose blocks can be listed on transformers' modules."""
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from megacocomix.config import Location
+from megacocomix.checkpoint.detect import detect
+from megacocomix.checkpoint.external.hf import hf_model_type
+from megacocomix.checkpoint.open import load_model, model_tokenizer, weights_sha256
+from megacocomix.config.schema import Location
 from megacocomix.data.tokenizer import Tokenizer, load_tokenizer
 from megacocomix.errors import UserError
 from megacocomix.hub import local_folder
 from megacocomix.model.gpt2 import GPT2
-from megacocomix.model.load import load_model, weights_sha256
-from megacocomix.teacher.cut import Teacher, TeacherModel
-from megacocomix.yaml_text import parse_yaml
+from megacocomix.teacher.model import Teacher, TeacherModel
 
 
 def load_teacher(
@@ -40,8 +40,8 @@ def load_teacher_model(
 ) -> TeacherModel:
     """The model of a teacher, not yet cut. Raises UserError, also for weights that are not finite."""
     path = local_folder(path)
-    is_one_file = (path / "model.safetensors").is_file() or not list(path.glob("model-*.safetensors"))
-    if _hf_model_type(path) not in (None, "gpt2") or not is_one_file:
+    kind, found = detect(path)
+    if kind == "hf" and hf_model_type(found) not in ("gpt2", "cocomix"):
         return _load_hf(path, device, dtype)
     loaded = load_model(path)
     if loaded.model.concept is not None:
@@ -69,26 +69,10 @@ def gpt2_teacher(model: GPT2, sha256: str = "") -> TeacherModel:
 
 
 def teacher_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer that a teacher's folder carries, or that its run was configured with; None where it has none."""
-    path = local_folder(path)
-    if (path / "tokenizer.json").is_file() or (path / "vocab.json").is_file():
-        return load_tokenizer(path)
-    if (path / "tokenizer.model").is_file():
-        return load_tokenizer(path / "tokenizer.model")
-    for file, key in ((path / "config.yaml", None), (path / "checkpoint.json", "config")):
-        if file.is_file():
-            values = parse_yaml(file.read_text(), str(file))
-            spec = (values[key] if key else values).get("data", {}).get("tokenizer")
-            return load_tokenizer(spec) if spec and (spec == "gpt2" or Path(spec).exists()) else None
-    return None
-
-
-def _hf_model_type(path: Path) -> str | None:
-    """None where it is no Hugging Face folder, or one that only load_model can say what is wrong with."""
-    try:
-        return json.loads((path / "config.json").read_bytes()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
+    """The tokenizer that a teacher's folder carries, or that its run was configured with; None where it has none, or
+    where the file that its run names is gone."""
+    spec = model_tokenizer(local_folder(path))
+    return load_tokenizer(spec) if spec and (spec == "gpt2" or Path(spec).exists()) else None
 
 
 def _load_hf(path: Path, device: str | torch.device, dtype: torch.dtype) -> TeacherModel:

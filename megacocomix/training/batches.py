@@ -1,120 +1,166 @@
-"""The micro-batches of a step, tokens and what the teacher says of them, for one data rank. The teacher reads the next
-step's tokens while the student is at this one's, where a GPU has a stream to spare."""
+"""What one data rank trains on, step by step: the windows that it reads, the teacher targets of them, which the ranks
+of one copy of the model share the work of, and where a GPU has a stream to spare both a step ahead."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megacocomix.config import Config
-from megacocomix.data.tokens import check_token_ids
+from megacocomix.config.schema import Config
+from megacocomix.data.tokens import TokenDataset, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.model.losses import count_labelled, next_token_targets
 from megacocomix.parallel.grid import Grid
-from megacocomix.parallel.pipeline import MicroBatch
-from megacocomix.teacher.guidance import Signals
-from megacocomix.validate import Inputs
+from megacocomix.parallel.stage import MicroBatch
+from megacocomix.teacher.targets import TargetSource, TeacherTargets
+from megacocomix.training.inputs import Inputs
 
 
-class StepBatches:
-    """What this rank trains on, step by step, up to `last_step`. N sequences of a step, T tokens.
+class Step(NamedTuple):
+    """What a data rank trains on in one step."""
 
-    Data that cannot be trained on is kept in `bad_data`, for all ranks to stop at together: the others are on their way
-    into this step's collectives.
-    """
+    batches: list[MicroBatch]
+    error: UserError | None
+    """Data that cannot be trained on. All ranks stop at it together, after the step: the others are on their way into
+    its collectives."""
 
-    def __init__(self, config: Config, grid: Grid, inputs: Inputs, last_step: int):
-        self.config, self.grid, self.inputs, self.last_step = config, grid, inputs, last_step
-        self.bad_data: UserError | None = None
-        self._bad_steps: dict[int, UserError] = {}
-        has_stream = inputs.guidance is not None and grid.device.type == "cuda"
-        self.stream = torch.cuda.Stream(grid.device) if has_stream else None
-        self.ahead: dict[int, tuple[Tensor, Signals]] = {}
 
-    def take(self, step: int) -> tuple[list[MicroBatch], Tensor | int]:
-        """The micro-batches of a step, and the number of positions of all data ranks whose prediction is learned.
-        Collective where there is a teacher."""
-        training = self.config.training
-        if self.inputs.guidance is None:
-            tokens_NT = self._read(step)
-            self.bad_data = self._bad_steps.pop(step, None)
-            return _micro_batches(tokens_NT, Signals(), training.micro_batch), 1
-        tokens_NT, signals = self._guided_ahead(step) if self.stream else self._guided(step)
-        self.bad_data = self._bad_steps.pop(step, None)
-        # The ranks of one copy of the model see the same samples: each asked the teacher about its part, and only the
-        # answers travel.
+class Windows(NamedTuple):
+    """The samples of a data rank in one step, micro-batch after micro-batch."""
+
+    indices: list[int]
+    tokens_NT: Tensor
+    """int64, on the device."""
+    error: UserError | None
+
+
+class WindowReader:
+    """Reads the samples of this data rank: micro-batch by micro-batch, the data ranks take turns in the sample
+    order."""
+
+    def __init__(self, config: Config, grid: Grid, dataset: TokenDataset, vocab_size: int):
+        self.training, self.name, self.grid = config.training, config.data.train, grid
+        self.dataset, self.vocab_size = dataset, vocab_size
+
+    def read(self, step: int) -> Windows:
+        """The samples of a step."""
+        indices = [self.dataset.window_index(position) for position in self._positions(step)]
+        tokens, error = self.dataset.read(indices), None
+        try:
+            check_token_ids(tokens, self.vocab_size, self.name)
+        except UserError as found:
+            tokens, error = tokens.clip(0, self.vocab_size - 1), found
+        return Windows(indices, torch.from_numpy(tokens).to(self.grid.device), error)
+
+    def _positions(self, step: int) -> list[int]:
+        size, first = self.training.micro_batch, step * self.training.global_batch
+        starts = range(first + self.grid.data_rank * size, first + self.training.global_batch, size * self.grid.data)
+        return [start + row for start in starts for row in range(size)]
+
+
+class SharedTargets:
+    """Teacher targets of all samples, of which each rank of one copy of the model makes a part: those ranks see the
+    same samples, and only the targets travel."""
+
+    def __init__(self, source: TargetSource, grid: Grid):
+        self.source, self.grid = source, grid
+
+    def make_part(self, windows: Windows) -> tuple[TeacherTargets, UserError | None]:
+        """Targets of this rank's part of the samples, zeros in the others'; and what is wrong with them, such as a
+        damaged shard of the label cache."""
+        grid, indices, tokens_NT = self.grid, windows.indices, windows.tokens_NT
+        first, stop = (len(indices) * rank // grid.model for rank in (grid.model_rank, grid.model_rank + 1))
+        part = error = None
+        if first < stop:
+            try:
+                part = self.source(indices[first:stop], tokens_NT[first:stop])
+            except UserError as found:
+                error = found
+        if part and grid.model == 1:
+            return part, error
+        targets = self.source.zeros(tokens_NT)
+        for whole, own in zip(targets, part or TeacherTargets(), strict=True):
+            if own is not None:
+                whole[first:stop] = own
+        return targets, error
+
+    def merge(self, targets: TeacherTargets) -> None:
+        """All parts, in place. Collective over the ranks of one copy of the model."""
         if self.grid.model > 1:
-            for signal in signals:
-                if signal is not None:
-                    dist.all_reduce(signal, group=self.grid.model_group)
-        num_predicted = 1
-        if signals.labels_NMk is not None:
-            num_predicted = count_labelled(signals.labels_NMk)
-            dist.all_reduce(num_predicted, group=self.grid.data_group)
-            num_predicted = num_predicted.clamp_(min=1)
-        elif signals.hidden_NME is not None:
-            num_predicted = training.global_batch * signals.hidden_NME.shape[1]
-        return _micro_batches(tokens_NT, signals, training.micro_batch), num_predicted
+            for target in targets:
+                if target is not None:
+                    dist.all_reduce(target, group=self.grid.model_group)
 
-    def _guided_ahead(self, step: int) -> tuple[Tensor, Signals]:
-        """`_guided`, on its own stream; the teacher's kernels for the next step are queued before the caller queues the
-        student's of this one, so the two run side by side."""
+
+class Prefetcher:
+    """Makes what a step needs on a CUDA stream of its own: the kernels for the next step are queued before the caller
+    queues the student's of this one, so the two run side by side."""
+
+    def __init__(self, make: Callable[[int], tuple], last_step: int, device: torch.device):
+        """`make(step)` returns tuples of tensors, which are used on the caller's stream, and other values."""
+        self.make, self.last_step, self.stream = make, last_step, torch.cuda.Stream(device)
+        self.ahead: dict[int, tuple] = {}
+
+    def __call__(self, step: int) -> tuple:
+        """What `make(step)` returns."""
         if step not in self.ahead:
             self.stream.wait_stream(torch.cuda.current_stream())  # which put teacher and autoencoder onto the device
             self._start(step)
-        tokens_NT, signals = self.ahead.pop(step)
+        made = self.ahead.pop(step)
         main = torch.cuda.current_stream()
         main.wait_stream(self.stream)
-        for tensor in (tokens_NT, *signals):
-            if tensor is not None:
-                tensor.record_stream(main)  # else its memory could be given to the next step while in use here
+        for values in made:
+            for value in values if isinstance(values, tuple) else ():
+                if torch.is_tensor(value):
+                    value.record_stream(main)  # else its memory could be given to the next step while in use here
         if step + 1 < self.last_step:
             self._start(step + 1)
-        return tokens_NT, signals
+        return made
 
     def _start(self, step: int) -> None:
         with torch.cuda.stream(self.stream):
-            self.ahead[step] = self._guided(step)
-
-    def _guided(self, step: int) -> tuple[Tensor, Signals]:
-        """Tokens [N, T] of a step, and the signals of this rank's part of them, zeros in the others'."""
-        grid, dataset, guidance = self.grid, self.inputs.train, self.inputs.guidance
-        tokens_NT = self._read(step)
-        windows = [dataset.window_index(position) for position in self._positions(step)]
-        first, stop = (len(windows) * rank // grid.model for rank in (grid.model_rank, grid.model_rank + 1))
-        own = None
-        if first < stop:
-            try:
-                own = guidance(windows[first:stop], tokens_NT[first:stop])
-            except UserError as error:  # a damaged shard of the label cache
-                self._bad_steps[step] = error
-        if own and grid.model == 1:
-            return tokens_NT, own
-        signals = guidance.zeros(tokens_NT)
-        for signal, part in zip(signals, own or Signals(), strict=True):
-            if part is not None:
-                signal[first:stop] = part
-        return tokens_NT, signals
-
-    def _read(self, step: int) -> Tensor:
-        """Tokens of this data rank's micro-batches one after the other, int64 [N, T] on the device."""
-        tokens = self.inputs.train.batch(self._positions(step))
-        try:
-            check_token_ids(tokens, self.inputs.vocab_size, self.config.data.train)
-        except UserError as error:
-            self._bad_steps[step] = error
-            tokens = tokens.clip(0, self.inputs.vocab_size - 1)
-        return torch.from_numpy(tokens).to(self.grid.device)
-
-    def _positions(self, step: int) -> list[int]:
-        """The same as positions of the sample order: micro-batch by micro-batch, the data ranks take turns."""
-        training, grid = self.config.training, self.grid
-        first = step * training.global_batch
-        stride = training.micro_batch * grid.data
-        starts = range(first + grid.data_rank * training.micro_batch, first + training.global_batch, stride)
-        return [start + row for start in starts for row in range(training.micro_batch)]
+            self.ahead[step] = self.make(step)
 
 
-def _micro_batches(tokens_NT: Tensor, signals: Signals, size: int) -> list[MicroBatch]:
-    rows = [slice(start, start + size) for start in range(0, len(tokens_NT), size)]
-    parts = lambda row: (None if signal is None else signal[row] for signal in signals)
-    return [MicroBatch(tokens_NT[row], next_token_targets(tokens_NT[row]), *parts(row)) for row in rows]
+class StepBatches:
+    """The micro-batches of each step, up to `last_step`."""
+
+    def __init__(self, config: Config, grid: Grid, inputs: Inputs, last_step: int):
+        self.training, self.grid = config.training, grid
+        self.num_targets = config.training.global_batch * (config.model.context - 1)
+        self.reader = WindowReader(config, grid, inputs.train, inputs.vocab_size)
+        self.targets = SharedTargets(inputs.targets, grid) if inputs.targets else None
+        is_ahead = self.targets is not None and grid.device.type == "cuda"
+        self.make = Prefetcher(self._make, last_step, grid.device) if is_ahead else self._make
+
+    def take(self, step: int) -> Step:
+        """What this rank trains on in a step. Collective where there is a teacher."""
+        windows, targets, error = self.make(step)
+        if self.targets:
+            self.targets.merge(targets)
+        num_predicted, size = self._num_predicted(targets), self.training.micro_batch
+        batches = []
+        for start in range(0, len(windows.tokens_NT), size):
+            rows = slice(start, start + size)
+            tokens_BT = windows.tokens_NT[rows]
+            own = (None if target is None else target[rows] for target in targets)
+            batches.append(MicroBatch(tokens_BT, next_token_targets(tokens_BT), self.num_targets, *own, num_predicted))
+        return Step(batches, windows.error or error)
+
+    def _make(self, step: int) -> tuple[Windows, TeacherTargets, UserError | None]:
+        windows = self.reader.read(step)
+        if self.targets is None:
+            return windows, TeacherTargets(), None
+        return windows, *self.targets.make_part(windows)
+
+    def _num_predicted(self, targets: TeacherTargets) -> Tensor | int:
+        """Positions of all data ranks whose prediction is learned."""
+        if targets.labels_NMk is not None:
+            count = count_labelled(targets.labels_NMk)
+            dist.all_reduce(count, group=self.grid.data_group)
+            return count.clamp_(min=1)
+        if targets.hidden_NME is not None:
+            return self.training.global_batch * targets.hidden_NME.shape[1]
+        return 1

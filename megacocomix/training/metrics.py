@@ -3,15 +3,17 @@
 import json
 import math
 import os
+import resource
 import sys
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megacocomix.config import Config
+from megacocomix.config.schema import Config
 from megacocomix.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -49,7 +51,7 @@ class MetricsLog:
         others = "".join(f"{name} {record[key]:.3f}  " for name, key in others.items() if record[key] is not None)
         mfu = "" if record["mfu"] is None else f"MFU {record['mfu']:.1%}  "
         left = _clock((self._last_step - record["step"]) * seconds_per_step)
-        self.say(
+        self.print(
             f"step {record['step']:>6}/{self._last_step}  loss {record['loss']:.4f}  {others}lr {record['lr']:.2e}  "
             f"norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s  "
             f"{record['flops_per_second'] / 1e9:,.1f} GFLOP/s  {mfu}{record['memory_gib']:.2f} GiB  {left} left"
@@ -58,12 +60,12 @@ class MetricsLog:
     def valid(self, record: dict) -> None:
         """A validation line."""
         self._write(record)
-        self.say(
+        self.print(
             f"step {record['step']:>6}/{self._last_step}  valid loss {record['valid_loss']:.4f}  "
             f"ppl {record['valid_ppl']:.2f}"
         )
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """A line on the console, above the progress bar."""
         self.console.print(line)
 
@@ -145,3 +147,28 @@ def _start_tensorboard(run: Path):
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(run / "tensorboard")
+
+
+# Dense bf16 peak of one device, from the makers' data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 HBM3": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+def device_peak(device: torch.device, precision: str) -> float | None:
+    """Peak bf16 FLOP/s of a device; None where it is not in the table, or in fp32: no MFU rather than a wrong one."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((peak for words, peak in PEAK_FLOPS.items() if all(word in name for word in words.split())), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held: of the GPU where there is one, else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from megacocomix.config import OptimizerConfig
+from megacocomix.config.schema import OptimizerConfig
 
 
 def parameter_groups(named: list[tuple[str, int, nn.Parameter]], config: OptimizerConfig) -> list[dict]:

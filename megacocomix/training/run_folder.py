@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import IO
 
 from megacocomix import __version__
-from megacocomix.config import Config, build_config, dump_config
+from megacocomix.config.effective import settings_in_effect
+from megacocomix.config.load import build_config, dump_config
+from megacocomix.config.schema import Config
+from megacocomix.config.yaml_text import parse_yaml
 from megacocomix.errors import UserError
-from megacocomix.evaluation.settings import settings_in_effect
 from megacocomix.files import write_json, write_text
-from megacocomix.yaml_text import parse_yaml
 
 LOCK = ".lock"
 # What may change between two starts of one run: nothing here alters the weights of any step.

@@ -24,19 +24,20 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from megacocomix.config import Config, load_config
+from megacocomix.config.load import load_config
+from megacocomix.config.rules import check_config
+from megacocomix.config.schema import Config
+from megacocomix.config.section import NonNegative, Positive, Section
+from megacocomix.config.yaml_text import parse_yaml
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError, nearest
-from megacocomix.section import NonNegative, Positive, Section
+from megacocomix.signals import NUMBERS, StopSignal
 from megacocomix.training.run_folder import check_run_folder
-from megacocomix.validate import check_config
-from megacocomix.yaml_text import parse_yaml
 
 POLL_SECONDS = 1.0
 TAIL_BYTES = 4096  # of metrics.jsonl: more than its last line
 # Found before any child is forked, which must not load a library.
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Plan(Section):
@@ -175,11 +176,11 @@ def plan_jobs(plan: Plan) -> list[Job]:
 
 
 class Sweep:
-    """Runs the jobs of a plan; `say` gets a line whenever one begins or ends; a terminal shows a bar over all steps."""
+    """Runs the jobs of a plan; `log` gets a line whenever one begins or ends; a terminal shows a bar over all steps."""
 
-    def __init__(self, plan: Plan, jobs: list[Job], root: Path, say: Callable[[str], None]):
-        self.plan, self.jobs, self.root, self.say = plan, jobs, root, say
-        self.stop_signal = 0
+    def __init__(self, plan: Plan, jobs: list[Job], root: Path, log: Callable[[str], None]):
+        self.plan, self.jobs, self.root, self.log = plan, jobs, root, log
+        self.stop_signal = StopSignal((*NUMBERS, signal.SIGHUP))
 
     def run(self) -> int:
         """Run what is not done. Returns an exit code: finished, failed where a run failed (the others go on), or to be
@@ -194,21 +195,31 @@ class Sweep:
             raise UserError(f"out {out} is being filled by another sweep: wait for it.") from None
         except OSError as error:
             raise UserError(f"out {out} cannot be written: {error.strerror}.") from None
-        handlers = {number: signal.signal(number, self._note_signal) for number in SIGNALS}
+        try:
+            with self.stop_signal:
+                self._run_jobs()
+        finally:
+            lock.close()
+        if self.stop_signal:
+            return EXIT_REQUEUE
+        return EXIT_FAILED if any(job.failure for job in self.jobs) else EXIT_FINISHED
+
+    def _run_jobs(self) -> None:
+        """Run what is not done, a few at a time; a signal is passed on to those under way, and no other is begun."""
         waiting = [job for job in self.jobs if not job.is_done]
-        self.say(f"{len(self.jobs)} runs, {len(self.jobs) - len(waiting)} of them done before")
+        self.log(f"{len(self.jobs)} runs, {len(self.jobs) - len(waiting)} of them done before")
         active: list[Job] = []
-        told = False
+        passed_on = False
         self.bar = tqdm(total=sum(job.last_step for job in self.jobs), unit="step", disable=None)
         self.bar.initial = self.bar.n = sum(job.step for job in self.jobs)
         try:
             while (waiting and not self.stop_signal) or active:
                 while waiting and len(active) < self.plan.at_a_time and not self.stop_signal:
                     active.append(self._begin(waiting.pop(0)))
-                if self.stop_signal and not told:
+                if self.stop_signal and not passed_on:
                     for job in active:
                         _signal(job, signal.SIGTERM)
-                    told = True
+                    passed_on = True
                 time.sleep(POLL_SECONDS)
                 self._show(active)
                 active = [job for job in active if not self._has_ended(job)]
@@ -216,15 +227,6 @@ class Sweep:
             self.bar.close()
             for job in active:
                 _signal(job, signal.SIGKILL)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            lock.close()
-        if self.stop_signal:
-            return EXIT_REQUEUE
-        return EXIT_FAILED if any(job.failure for job in self.jobs) else EXIT_FINISHED
-
-    def _note_signal(self, number, _frame) -> None:
-        self.stop_signal = number
 
     def _show(self, active: list[Job]) -> None:
         if not self.bar.disable:
@@ -238,7 +240,7 @@ class Sweep:
         evaluate = [sys.executable, str(self.root / "tools/evaluate.py"), str(job.checkpoint)]
         job.commands = [evaluate] if job.is_trained else [train, evaluate]
         if not job.is_trained:
-            self.say(f"{job.name}: goes on after step {job.step}" if job.step else f"{job.name}: begins")
+            self.log(f"{job.name}: goes on after step {job.step}" if job.step else f"{job.name}: begins")
         self._start_next(job)
         return job
 
@@ -265,10 +267,10 @@ class Sweep:
             return False
         if job.is_done:
             left = sum(not each.is_done and not each.failure for each in self.jobs)
-            self.say(f"{job.name}: done, {left} to go")
+            self.log(f"{job.name}: done, {left} to go")
         elif not self.stop_signal:
             job.failure = f"{job.name}: exit code {code}, see {job.log}: {_last_error(job.log)}"
-            self.say(job.failure)
+            self.log(job.failure)
         return True
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megacocomix.config import EvaluationConfig
+from megacocomix.config.schema import EvaluationConfig
 from megacocomix.evaluation.harness import evaluate_command
 
 POLL_SECONDS = 0.5

@@ -1,64 +1,69 @@
-"""The training loop, read top to bottom: open → (resume) → step, step, step … → validate and save along the way →
-finish."""
+"""The training loop, read top to bottom: open → (resume) → step, poll, log, save, validate, step … → finish."""
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megacocomix.checkpoint.convert.begin import first_value, say_init
+from megacocomix.checkpoint.format import latest_checkpoint, list_checkpoints, read_checkpoint_manifest
+from megacocomix.checkpoint.init_from import describe_init, first_value
 from megacocomix.checkpoint.store import StoredTensors, TrainingState, load_checkpoint
 from megacocomix.checkpoint.writer import CheckpointWriter
-from megacocomix.config import Config, dump_config
+from megacocomix.config.load import dump_config
+from megacocomix.config.rules import check_config, layout_warnings
+from megacocomix.config.schema import Config
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
 from megacocomix.evaluation.harness import tasks_left
 from megacocomix.evaluation.perplexity import perplexity, validation_batches
 from megacocomix.hub import local_folder
 from megacocomix.model.flops import student_flops
-from megacocomix.model.load import latest_checkpoint, list_checkpoints, read_checkpoint_manifest
 from megacocomix.parallel.grid import Grid
-from megacocomix.parallel.pipeline import MicroBatch, Pipeline
-from megacocomix.parallel.recompute import recompute_blocks
-from megacocomix.parallel.runtime import Runtime, all_or_none, seed_step
-from megacocomix.parallel.stage import LocalStages, hidden_shape
+from megacocomix.parallel.pipeline import Pipeline
+from megacocomix.parallel.runtime import Runtime, errors_on_all_ranks, seed_step
+from megacocomix.parallel.stage import NUM_LOSSES, MicroBatch, StageModule, hidden_shape
 from megacocomix.parallel.zero import Engine
-from megacocomix.teacher.guidance import describe_guidance
+from megacocomix.signals import StopSignal
+from megacocomix.teacher.targets import describe_targets
 from megacocomix.training.batches import StepBatches
-from megacocomix.training.device import device_peak, peak_memory_gib
-from megacocomix.training.metrics import MetricsLog, is_validated
+from megacocomix.training.inputs import Inputs, open_inputs
+from megacocomix.training.metrics import MetricsLog, device_peak, is_validated, peak_memory_gib
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megacocomix.training.run_folder import check_run_folder, code_version, log_to_file, write_run_folder
 from megacocomix.training.tasks import score_tasks
-from megacocomix.validate import Inputs, check_config, layout_warnings, open_inputs
 
 log = logging.getLogger(__name__)
 
+Event = Literal["step", "gradients", "validate", "validated"]
+OnEvent = Callable[[Event, "Trainer"], None]
+"""Called on every rank when a step begins, when its gradients are summed and not yet clipped, and before and after a
+validation. For tests and experiments: it may look at everything, and change what it must answer for."""
 
-def train(config: Config, runtime: Runtime) -> int:
+
+def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, trainer: None) -> int:
     """Run a config to its end, from its newest checkpoint if it has one. Returns an exit code. Raises UserError, on all
     ranks alike."""
-    with all_or_none():
+    with errors_on_all_ranks():
         check_config(config, runtime.world)
         run = check_run_folder(config)
         if config.method.has_teacher and runtime.is_main:  # the others wait here, and find it downloaded
             local_folder(config.teacher.model, download=True)
-    with all_or_none():
+    with errors_on_all_ranks():
         inputs = open_inputs(config, runtime.device)
-    with all_or_none():
+    with errors_on_all_ranks():
         # After every rank has compared the folder's config, which is now written again.
         device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu"
         lock = write_run_folder(config, run, {"world": runtime.world, "device": device}) if runtime.is_main else None
-    with all_or_none():
+    with errors_on_all_ranks():
         log_to_file(run, runtime.rank)
-    with all_or_none():
-        trainer = Trainer(config, runtime, run, inputs)
+    with errors_on_all_ranks():
+        trainer = Trainer(config, runtime, run, inputs, on_event)
     try:
         return trainer.fit()
     finally:
@@ -67,35 +72,47 @@ def train(config: Config, runtime: Runtime) -> int:
             lock.close()
 
 
+class Poll(NamedTuple):
+    """What all ranks know after a step."""
+
+    losses: list[float]
+    """Means over the global batch: next token, prediction, distillation."""
+    stopped: bool
+    """A rank was signalled."""
+    has_error: bool
+    """A rank has read data that cannot be trained on."""
+    is_writing: bool
+    """A rank still writes the checkpoint that was begun."""
+
+
 class Trainer:
     """One run in one process; all processes of a job do the same steps."""
 
-    def __init__(self, config: Config, runtime: Runtime, run: Path, inputs: Inputs):
+    def __init__(self, config: Config, runtime: Runtime, run: Path, inputs: Inputs, on_event: OnEvent):
         self.config, self.runtime, self.run, self.inputs = config, runtime, run, inputs
+        self.on_event = lambda event: on_event(event, self)
         self.identity = inputs.identity()
-        self.about = {"config": config.model_dump(mode="json"), "code": code_version(), "inputs": self.identity}
         self.grid = Grid(runtime, config.parallel.tensor, config.parallel.pipeline)
-        self.stages = LocalStages(config, self.grid)
+        self.stages = StageModule(config, self.grid, inputs.targets.head if inputs.targets else None)
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.pipeline = Pipeline(self.grid, self.stages.num_stages, partial(hidden_shape, config), dtype)
         self.engine, self.state = self._build_engine()
-        self.writer = CheckpointWriter(run, self.engine, self.about, config.checkpoint)
+        metadata = {"config": config.model_dump(mode="json"), "code": code_version(), "inputs": self.identity}
+        self.writer = CheckpointWriter(run, self.engine, metadata, config.checkpoint)
         self.metrics = MetricsLog(run, config, self.state.step) if runtime.is_main else None
         self.last_step = config.training.stop_after or config.training.steps
         self.batches = StepBatches(config, self.grid, inputs, self.last_step)
         self.tokens_per_step = config.training.global_batch * config.model.context
         self.student_flops = student_flops(config)
-        self.teacher_flops = inputs.guidance.flops if inputs.guidance else 0.0
-        self.stages.teacher_head = inputs.guidance.head if inputs.guidance else None
-        self.stop_signal, self.lacks_tasks = 0, False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note_signal)
+        self.teacher_flops = inputs.targets.flops if inputs.targets else 0.0
+        self.stop_signal, self.tasks_failed = StopSignal(), False
 
     def fit(self) -> int:
         """Train to the last step. Returns an exit code. Raises UserError."""
         self._announce()
         try:
-            return self._train()
+            with self.stop_signal:
+                return self._train()
         except UserError:  # on all ranks: what was begun can still be completed
             self._complete_save()
             raise
@@ -104,46 +121,51 @@ class Trainer:
         state, config = self.state, self.config
         self._start_clock()
         if state.step == self.last_step:
-            return self._make_up()
+            return self._finish_killed_run()
         while state.step < self.last_step:
-            losses = self._step()
-            stopped = self._agree_on_stopping()
-            is_last = state.step == self.last_step
-            scores = bool(config.evaluation.tasks) and (is_last or self._is_due(config.evaluation.tasks_every))
-            saves = self._is_due(config.checkpoint.every) or is_last or stopped or scores
-            logs = self._is_due(config.logging.every) or is_last
-            if not self.engine.step_was_applied() or ((logs or saves) and not self._is_finite(losses)):
+            losses, error = self._step()
+            poll = self._poll(losses, error)
+            if not poll.is_writing:
                 self._complete_save()
-                self._say(f"error: loss or gradient is not finite at step {state.step}; it is not saved")
+            if poll.has_error:
+                with errors_on_all_ranks():
+                    if error:
+                        raise error
+            if not all(map(math.isfinite, (*poll.losses, self.engine.gradient_norm()))):
+                self._complete_save()
+                self._print(f"error: loss or gradient is not finite at step {state.step}; it is not saved")
                 return EXIT_FAILED
-            if logs:
-                self._log_step(losses)
-            if saves:  # before validating, which may take longer than the grace period after a signal
+            is_last, stopped = state.step == self.last_step, poll.stopped
+            scores = bool(config.evaluation.tasks) and (is_last or self._is_due(config.evaluation.tasks_every))
+            if self._is_due(config.logging.every) or is_last:
+                self._log_step(poll.losses)
+            # Before validating, which may take longer than the grace period after a signal.
+            if self._is_due(config.checkpoint.every) or is_last or stopped or scores:
                 self._save(must_succeed=is_last or stopped or scores)
-            if (self._is_due(config.evaluation.every) or is_last) and not self._validates():
+            if (self._is_due(config.evaluation.every) or is_last) and not self._validate():
                 return EXIT_FAILED
             if scores and not stopped:
                 stopped = self._score_tasks()
             if stopped and (scores or not is_last):
-                self._say(f"stopped on a signal after step {state.step}: saved, start the same command again to go on")
+                self._print(f"stopped on a signal after step {state.step}: saved, start the same command again")
                 return EXIT_REQUEUE
-        return EXIT_FAILED if self.lacks_tasks else EXIT_FINISHED
+        return EXIT_FAILED if self.tasks_failed else EXIT_FINISHED
 
-    def _make_up(self) -> int:
-        """Of a run whose last step is saved: the validation and the tasks that it was killed before. Returns an exit
+    def _finish_killed_run(self) -> int:
+        """Of a run whose last step is saved: the validation and the tasks before which it was killed. Returns an exit
         code."""
-        owed = [False, False]
+        missing = [False, False]
         if self.runtime.is_main:
             tasks = self.config.evaluation
             left = tasks.tasks and tasks_left(self._checkpoint(), tasks.tasks, tasks.tasks_data, tasks.tasks_limit)
-            owed = [not is_validated(self.run, self.state.step), bool(left)]
-        dist.broadcast_object_list(owed, src=0)
-        validates, scores = owed
-        if validates and not self._validates():
+            missing = [not is_validated(self.run, self.state.step), bool(left)]
+        dist.broadcast_object_list(missing, src=0)
+        validates, scores = missing
+        if validates and not self._validate():
             return EXIT_FAILED
         if scores and self._score_tasks():
             return EXIT_REQUEUE
-        return EXIT_FAILED if self.lacks_tasks else EXIT_FINISHED
+        return EXIT_FAILED if self.tasks_failed else EXIT_FINISHED
 
     def _checkpoint(self) -> Path:
         return self.run / "checkpoints" / f"step-{self.state.step:08d}"
@@ -159,25 +181,25 @@ class Trainer:
     def _build_engine(self) -> tuple[Engine, TrainingState]:
         """The engine on the newest checkpoint's weights, or on initial ones, and where the run stands."""
         config, shapes = self.config, self.stages.whole_shapes
-        for part in self.stages.parts.values():
-            recompute_blocks(part, config.training.recompute)
-        build = partial(build_optimizer, config=config.optimizer)
+        optimizer = partial(build_optimizer, config=config.optimizer)
+        build = lambda read: Engine(
+            self.stages, read, optimizer, config, self.grid, partial(self.on_event, "gradients")
+        )
         checkpoint = self._choose_checkpoint()
         if checkpoint is None:
-            start = lambda name: first_value(name, shapes[name], config, self.inputs.init)
-            return Engine(self.stages, start, build, config, self.grid), TrainingState()
-        with all_or_none():
+            return build(lambda name: first_value(name, shapes[name], config, self.inputs.init)), TrainingState()
+        with errors_on_all_ranks():
             stored = StoredTensors(checkpoint)
             stored.check(shapes)
         with stored:
-            engine = Engine(self.stages, stored.read, build, config, self.grid)
+            engine = build(stored.read)
             return engine, load_checkpoint(stored, engine)
 
     def _choose_checkpoint(self) -> Path | None:
-        """The newest sound checkpoint; those that are damaged are walked past, and said. Rank 0 looks: a shared file
-        system may show the others an older state, and one reader is enough to compare all files with their hashes."""
+        """The newest sound checkpoint; damaged ones are skipped, with a warning. Rank 0 looks: a shared file system may
+        show the others an older state, and one reader is enough to compare all files with their hashes."""
         chosen = [None, None]
-        with all_or_none():
+        with errors_on_all_ranks():
             if self.runtime.is_main and list_checkpoints(self.run):
                 checkpoint = latest_checkpoint(self.run)
                 chosen = [checkpoint, read_checkpoint_manifest(checkpoint)["inputs"]]
@@ -185,7 +207,7 @@ class Trainer:
         checkpoint, stored = chosen
         # What is not read any more cannot have changed.
         changed = [key for key in sorted(stored or {}) if stored[key] != self.identity.get(key, stored[key])]
-        with all_or_none():
+        with errors_on_all_ranks():
             if changed:
                 raise UserError(
                     f"run {self.run} was begun with other content of {' and '.join(changed)} than is there now. "
@@ -193,18 +215,18 @@ class Trainer:
                 )
         return checkpoint
 
-    def _step(self) -> torch.Tensor:
-        """One optimizer step. Returns this rank's share of the global mean losses (next token, prediction,
-        distillation), on the device."""
-        config, state, stages = self.config, self.state, self.stages
+    def _step(self) -> tuple[Tensor, UserError | None]:
+        """One optimizer step. Returns this rank's shares of the global mean losses, fp64 on the CPU, and what is wrong
+        with the data that it read."""
+        config, state = self.config, self.state
+        self.on_event("step")
         seed_step(config.training.seed, state.step, self.runtime.rank)
-        batches, stages.num_predicted = self.batches.take(state.step)
-        stages.num_targets = config.training.global_batch * (config.model.context - 1)
-        stages.losses.zero_()
+        batches, error = self.batches.take(state.step)
         set_learning_rate(self.engine.optimizer, self._learning_rate(state.step))
         self.engine.train()
         self.engine.begin_step()
-        self.pipeline.train(self.engine, self.engine.before_backward, batches)
+        # Copied before the update is queued: the norm, which comes first there, waits for the same passes.
+        losses = self.pipeline.train(self.engine, self.engine.before_backward, batches).cpu()
         self.engine.step()
         state.step += 1
         state.tokens += self.tokens_per_step
@@ -212,24 +234,22 @@ class Trainer:
         state.teacher_flops += self.tokens_per_step * self.teacher_flops
         if self.metrics:
             self.metrics.advance(state.step)
-        return self._own_losses()
+        return losses, error
 
-    def _own_losses(self) -> torch.Tensor:
-        """This rank's share of the losses: the tensor ranks of a stage know the same, and one of them counts."""
-        return self.stages.losses.clone() if self.grid.tensor_rank == 0 else torch.zeros_like(self.stages.losses)
+    def _poll(self, losses: Tensor | None = None, error: UserError | None = None) -> Poll:
+        """The one collective of a step besides those of the training itself. All ranks learn the same from it: one that
+        left alone would leave the others waiting."""
+        losses = torch.zeros(NUM_LOSSES, dtype=torch.float64) if losses is None else losses
+        flags = torch.tensor([bool(self.stop_signal), error is not None, self.writer.is_writing], dtype=torch.float64)
+        total = torch.cat((losses, flags))
+        dist.all_reduce(total)
+        return Poll(total[:NUM_LOSSES].tolist(), *map(bool, total[NUM_LOSSES:].tolist()))
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.config.optimizer, self.config.training.steps)
 
-    def _is_finite(self, losses: torch.Tensor) -> bool:
-        """Whether this step's loss and gradient norm are numbers; sums `losses` over the ranks, so that all agree."""
-        dist.all_reduce(losses)
-        return bool(losses.isfinite().all()) and math.isfinite(self.engine.gradient_norm())
-
-    def _log_step(self, losses: torch.Tensor) -> None:
-        state = self.state
-        method, (loss, predicted_loss, kd_loss) = self.config.method, losses.tolist()
-        grad_norm = self.engine.gradient_norm()
+    def _log_step(self, losses: list[float]) -> None:
+        state, method, (loss, predicted_loss, kd_loss) = self.state, self.config.method, losses
         self._pause_clock()
         steps, seconds = state.step - self.logged.step, state.seconds - self.logged.seconds
         self.logged = TrainingState(step=state.step, seconds=state.seconds)
@@ -242,7 +262,7 @@ class Trainer:
             "hidden_loss": predicted_loss if method.learns_hidden else None,
             "kd_loss": kd_loss if method.distills else None,
             "lr": self._learning_rate(state.step - 1),
-            "grad_norm": grad_norm,
+            "grad_norm": self.engine.gradient_norm(),
             "tokens_per_second": tokens_per_second,
             "flops_per_second": flops_per_second,
             "mfu": flops_per_second / (peak * self.runtime.world) if peak else None,
@@ -251,34 +271,27 @@ class Trainer:
         self._write(lambda metrics: metrics.train(record, seconds / steps))
         self._start_clock()
 
-    def _validates(self) -> bool:
-        """Validate; whether the loss is a number. Says so where it is not."""
-        if math.isfinite(self._validate()):
-            return True
-        self._complete_save()
-        self._say(f"error: validation loss is not finite after step {self.state.step}: lower optimizer.lr")
-        return False
-
-    def _validate(self) -> float:
+    def _validate(self) -> bool:
+        """Validate. Returns whether the loss is a number; where it is not, that is printed as an error."""
+        self.on_event("validate")
         self._pause_clock()
-        config, grid, stages = self.config, self.grid, self.stages
+        config, grid = self.config, self.grid
         batch, dataset = config.training.micro_batch, self.inputs.valid
         num_sequences = min(config.evaluation.batches * config.training.global_batch, dataset.num_windows)
         self.engine.train(False)
-        stages.num_targets = 1
-        stages.losses.zero_()
-        batches = validation_batches(dataset, num_sequences, batch, grid.data_rank, grid.data)
-        # As many at a time as keep a pipeline busy.
-        for some in iter(lambda: list(islice(batches, 4 * grid.pipeline)), []):
-            on_device = [MicroBatch(*(each.to(self.runtime.device) for each in pair)) for pair in some]
-            self.pipeline.evaluate(self.engine, on_device)
-        total = self._own_losses()[0]
+        pairs = validation_batches(dataset, num_sequences, batch, grid.data_rank, grid.data)
+        batches = (MicroBatch(*(each.to(self.runtime.device) for each in pair)) for pair in pairs)
+        total = self.pipeline.evaluate(self.engine, batches)[0]
         dist.all_reduce(total)
         loss = (total / (num_sequences * (config.model.context - 1))).item()
         record = self._progress_record() | {"valid_loss": loss, "valid_ppl": perplexity(loss)}
         self._write(lambda metrics: metrics.valid(record))
         self._start_clock()
-        return loss
+        self.on_event("validated")
+        if not math.isfinite(loss):
+            self._complete_save()
+            self._print(f"error: validation loss is not finite after step {self.state.step}: lower optimizer.lr")
+        return math.isfinite(loss)
 
     def _score_tasks(self) -> bool:
         """Score the tasks on this step's checkpoint. Returns whether a signal came on the way."""
@@ -290,11 +303,11 @@ class Trainer:
             self.config.evaluation,
             self.run / "logs" / "tasks.log",
             self.runtime.is_main,
-            self._agree_on_stopping,
+            lambda: self._poll().stopped,
         )
-        self.lacks_tasks = failure is not None  # of the last step it is the run's failure
+        self.tasks_failed = failure is not None  # of the last step it is the run's failure
         if failure:
-            self._say(f"warning: {failure}")
+            self._print(f"warning: {failure}")
         self._start_clock()
         return stopped
 
@@ -315,7 +328,7 @@ class Trainer:
             return []
         failures = self.writer.complete()
         for failure in failures:
-            self._say(f"warning: {failure} The next one is due in {self.config.checkpoint.every} steps.")
+            self._print(f"warning: {failure} The next one is due in {self.config.checkpoint.every} steps.")
         if not failures:
             log.info("saved %s", self.writer.folder)
         return failures
@@ -329,26 +342,6 @@ class Trainer:
     def _start_clock(self) -> None:
         self.clock_start = time.perf_counter()
 
-    def _note_signal(self, number, _frame) -> None:
-        self.stop_signal = number
-
-    def _agree_on_stopping(self) -> bool:
-        """Whether any rank was signalled. All ranks agree: one that left alone would leave the others waiting.
-
-        Completes a checkpoint that all have written. Raises UserError, on all ranks, when one has read data that cannot
-        be trained on.
-        """
-        flags = torch.tensor([self.stop_signal, self.batches.bad_data is not None, self.writer.is_writing])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        stop_signal, bad_data, is_writing = flags.tolist()
-        if not is_writing:
-            self._complete_save()
-        if bad_data:
-            with all_or_none():
-                if self.batches.bad_data:
-                    raise self.batches.bad_data
-        return bool(stop_signal)
-
     def _progress_record(self) -> dict:
         state = self.state
         return {
@@ -360,7 +353,7 @@ class Trainer:
         }
 
     def _write(self, write: Callable[[MetricsLog], None]) -> None:
-        with all_or_none():
+        with errors_on_all_ranks():
             if self.metrics:
                 write(self.metrics)
 
@@ -369,25 +362,26 @@ class Trainer:
         self.logged = TrainingState(step=state.step, seconds=state.seconds)
         parameters = sum(shape.numel() for shape in self.stages.whole_shapes.values())
         grid = self.grid
-        self._say(dump_config(config).rstrip())
-        self._say(
+        self._print(dump_config(config).rstrip())
+        self._print(
             f"{config.method.name}: {parameters / 1e6:.2f}M parameters on {self.runtime.world} process(es): "
             f"pipeline {grid.pipeline} × data {grid.data} × tensor {grid.tensor}, ZeRO {config.parallel.zero}, "
             f"{self.runtime.device.type}, {self.inputs.train.num_windows:,} training windows, "
             f"{self.student_flops / 1e6:.1f} MFLOP a token for the student"
         )
-        if guidance := self.inputs.guidance:
-            self._say(describe_guidance(config, guidance, self.student_flops, self.inputs.train.num_windows))
+        if targets := self.inputs.targets:
+            self._print(describe_targets(config, targets, self.student_flops, self.inputs.train.num_windows))
         for warning in layout_warnings(config, self.runtime.world):
-            self._say(f"warning: {warning}")
+            self._print(f"warning: {warning}")
         if self.inputs.init and not state.step:
-            self._say(say_init(config, self.inputs.init))
+            self._print(describe_init(config, self.inputs.init))
         if state.step:
-            self._say(
+            self._print(
                 f"{'finished already' if state.step >= self.last_step else 'resuming'}: {state.step} steps are saved"
             )
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
+        """On rank 0's console, above the progress bar, and in every rank's log file."""
         log.info(line)
         if self.metrics:
-            self.metrics.say(line)
+            self.metrics.print(line)

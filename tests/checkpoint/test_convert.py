@@ -7,19 +7,18 @@ import sys
 
 import pytest
 import torch
-from foreign import huggingface_model, megatron_folder, published_folder
+from external_checkpoints import huggingface_model, megatron_folder, published_folder
 from safetensors.torch import load_file, save_file
 
 import tiny
 from jobs import train_all
-from megacocomix.checkpoint.convert.proof import measure
-from megacocomix.checkpoint.convert.recognise import open_source
-from megacocomix.checkpoint.convert.sources import Hints
-from megacocomix.checkpoint.convert.write import write_native, write_reference
-from megacocomix.checkpoint.hf import export_hf
+from megacocomix.checkpoint.convert import write_native, write_reference
+from megacocomix.checkpoint.external.source import Hints
+from megacocomix.checkpoint.open import load_model, open_source
+from megacocomix.checkpoint.parity import measure
 from megacocomix.errors import UserError
+from megacocomix.hf.export import export_hf
 from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
-from megacocomix.model.load import load_model
 from processes import run_processes
 
 HEADS = tiny.SHAPE["num_heads"]
@@ -67,7 +66,7 @@ def test_the_published_codes_folder_becomes_ours_and_goes_back_to_the_bit(tmp_pa
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "concept" not in (tmp_path / "back/config.json").read_text()
-    assert open_source(tmp_path / "back").concepts == open_source(tmp_path / "published").concepts
+    assert open_source(tmp_path / "back").method == open_source(tmp_path / "published").method
 
 
 @torch.no_grad()
@@ -81,16 +80,16 @@ def test_the_published_codes_weights_go_through_ours_to_hugging_face_with_the_sa
 
 def test_concept_settings_come_from_flags_where_no_file_has_them(tmp_path, published):
     settings = tmp_path / "published/config.yaml"
-    said = open_source(tmp_path / "published").concepts
+    said = open_source(tmp_path / "published").method
     settings.rename(tmp_path / "config.yaml")  # where the published code looks next
-    assert open_source(tmp_path / "published").concepts == said
+    assert open_source(tmp_path / "published").method == said
     assert_refused(tmp_path / "published", tmp_path / "x", "insert_layer_index is 2", insertion_layer=1)
     (tmp_path / "config.yaml").unlink()
     assert_refused(tmp_path / "published", tmp_path / "x", "--insertion-layer")
     assert_refused(tmp_path / "published", tmp_path / "x", "--num-kept", insertion_layer=2)
     assert_refused(tmp_path / "published", tmp_path / "x", "is not below 4", insertion_layer=4, num_kept=16)
     given = {"insertion_layer": said.insertion_layer, "num_kept": said.num_kept}
-    assert open_source(tmp_path / "published", Hints(**given)).concepts == said
+    assert open_source(tmp_path / "published", Hints(**given)).method == said
 
 
 @pytest.mark.parametrize("form", ["whole", "sharded", "without head"])
@@ -224,7 +223,7 @@ def test_a_megatron_model_that_is_no_gpt2_is_refused(tmp_path, model, change):
 
 def test_a_result_that_is_another_model_is_removed(tmp_path, model, monkeypatch):
     megatron_folder(tmp_path / "megatron", model, 2.0, 2, arguments=MEGATRON_ARGS)
-    monkeypatch.setattr("megacocomix.checkpoint.convert.megatron._by_head", lambda rows, version, heads: rows)
+    monkeypatch.setattr("megacocomix.checkpoint.external.megatron._by_head", lambda rows, version, heads: rows)
     assert to_native(tmp_path / "megatron", tmp_path / "right").logit < 1e-5
     for rank in (0, 1):
         file = tmp_path / f"megatron/iter_0000010/mp_rank_{rank:02d}/model_optim_rng.pt"
@@ -249,7 +248,7 @@ def test_both_sides_of_the_proof_run_on_code_of_their_own(tmp_path, published):
     source = open_source(tmp_path / "published")
     to_native(tmp_path / "published", tmp_path / "ours")
     result = open_source(tmp_path / "ours")
-    assert source.read_theirs is not None and result.read_theirs is None
+    assert source.read_hf is not None and result.read_hf is None
     assert 0 < measure(source, result).logit < 1e-5  # not the same arithmetic twice
 
 
@@ -272,7 +271,7 @@ def save_with_deepspeed(folder, stage, of_ours):
     """A model in ZeRO `stage` for a step, saved as DeepSpeed saves; what its logits then are."""
     import deepspeed
 
-    from megacocomix.config import ModelConfig
+    from megacocomix.config.schema import ModelConfig
     from megacocomix.model.gpt2 import GPT2, initialise
     from megacocomix.parallel.runtime import start_runtime, stop_runtime
 
@@ -316,15 +315,15 @@ def test_a_zero_checkpoint_becomes_ours(tmp_path, stage, world, of_ours):
 @pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_training_init(folder, tmp_path, model):
     huggingface_model(seed=3).save_pretrained(tmp_path / "hf")
-    init = {"init": str(tmp_path / "hf"), "steps": 1}
+    init = {"init_from": str(tmp_path / "hf"), "steps": 1}
     frozen = {"lr": 1e-12, "min_lr": 0.0, "warmup_steps": 0}
     configs = {
         "plain": tiny.config(folder, "plain", training=init, optimizer=frozen, method={"name": "ntp"}),
         "with concepts": tiny.config(folder, "with-concepts", training=init, optimizer=frozen),
         "other sizes": tiny.config(folder, "x", training=init, model={"num_layers": 2, "num_heads": 2}),
-        "nothing there": tiny.config(folder, "y", training={"init": str(folder / "none")}),
+        "nothing there": tiny.config(folder, "y", training={"init_from": str(folder / "none")}),
         "concepts into none": tiny.config(
-            folder, "z", training={"init": str(folder / "with-concepts")}, method={"name": "ntp"}
+            folder, "z", training={"init_from": str(folder / "with-concepts")}, method={"name": "ntp"}
         ),
         "again": tiny.config(folder, "plain", training=init, optimizer=frozen, method={"name": "ntp"}),
     }
@@ -338,11 +337,11 @@ def test_a_run_begins_with_the_weights_of_training_init(folder, tmp_path, model)
     code, problems = outcomes["other sizes"]
     assert code == 2 and len(problems) == 2
     assert (
-        "model.num_layers 2 does not fit training.init" in problems[0]
+        "model.num_layers 2 does not fit training.init_from" in problems[0]
         and "Nearest valid: model.num_layers=3" in problems[0]
     )
-    assert outcomes["nothing there"][0] == 2 and "training.init: model folder" in outcomes["nothing there"][1][0]
+    assert outcomes["nothing there"][0] == 2 and "training.init_from: model folder" in outcomes["nothing there"][1][0]
     assert outcomes["concepts into none"][0] == 2 and "has a concept module" in outcomes["concepts into none"][1][0]
     damage(tmp_path / "hf/model.safetensors", lambda tensors: tensors["transformer.ln_f.bias"].add_(1))
     code, problems = run_processes(1, train_all, [configs["again"]])[0][0]
-    assert code == 2 and "other content of training.init" in problems[0]
+    assert code == 2 and "other content of training.init_from" in problems[0]

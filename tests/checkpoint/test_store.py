@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import tiny
 from jobs import train
-from megacocomix.model.load import load_model
+from megacocomix.checkpoint.open import load_model
 from processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -61,24 +61,22 @@ def train_with_a_slow_disk(config):
     import threading
 
     from megacocomix.checkpoint.writer import CheckpointWriter
-    from megacocomix.training.trainer import Trainer
 
-    write, step, may_write, steps_before = CheckpointWriter._write, Trainer._step, threading.Event(), []
+    write, may_write, steps_before = CheckpointWriter._write, threading.Event(), []
 
     def write_slowly(self, *tensors):
         if self._state.step == 2:
             assert may_write.wait(100)
         write(self, *tensors)
 
-    def step_and_note(self):
-        if self.writer.is_writing:
-            steps_before.append(self.state.step)
-        if self.state.step == 3:
+    def note(event, trainer):
+        if event == "step" and trainer.writer.is_writing:
+            steps_before.append(trainer.state.step)
+        if (event, trainer.state.step) == ("step", 3):
             may_write.set()
-        return step(self)
 
-    CheckpointWriter._write, Trainer._step = write_slowly, step_and_note
-    return train(config), steps_before
+    CheckpointWriter._write = write_slowly
+    return train(config, note), steps_before
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(folder):
@@ -151,7 +149,7 @@ def train_and_be_killed(config, delays):
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     import megacocomix.training.trainer  # noqa: F401
-    from megacocomix.model.load import list_checkpoints, read_checkpoint_manifest
+    from megacocomix.checkpoint.format import list_checkpoints, read_checkpoint_manifest
 
     seen, newest = [], 0
     for delay in delays:

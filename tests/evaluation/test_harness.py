@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
-from megacocomix.checkpoint.hf import export_hf
+from megacocomix.checkpoint.format import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CHECKPOINT_VERSION
+from megacocomix.checkpoint.open import load_model
 from megacocomix.errors import UserError
 from megacocomix.evaluation import harness
 from megacocomix.evaluation.harness import evaluate_command, evaluate_tasks, parse_tasks
 from megacocomix.evaluation.perplexity import evaluate_folder
 from megacocomix.files import file_sha256
+from megacocomix.hf.export import export_hf
 from megacocomix.model.gpt2 import assemble, initialise
-from megacocomix.model.load import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, load_model
 
 pytest.importorskip("lm_eval")
 
@@ -164,26 +165,6 @@ def test_a_checkpoint_scores_as_its_exported_folder_does(tmp_path, tokenizer, da
         assert values(found) == pytest.approx(values(expected), rel=1e-6), task
     assert set(native["results"]["wikitext"]["metrics"]) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
     assert set(native["results"]["hellaswag"]["metrics"]) == {"acc", "acc_norm"}
-
-
-@pytest.mark.parametrize("method", ["ntp", "cocomix"])
-def test_every_request_scores_as_the_harnesss_own_backend_does(tmp_path, tokenizer, method):
-    from lm_eval.api.instance import Instance
-
-    from megacocomix.evaluation.harness_models import open_model
-
-    checkpoint = write_checkpoint(tmp_path / "run", 2, method, tokenizer)
-    export_hf(load_model(checkpoint), tmp_path / "hf", tokenizer)
-    ours, theirs = (open_model(folder, batch=3).lm for folder in (checkpoint, tmp_path / "hf"))
-    pairs = [("", WORDS), (WORDS, " They slept."), (LONG, " They slept"), ("a ", "b"), ("Ice", " is"), ("Ice", " was")]
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
-    found, expected = ours.loglikelihood(requests), theirs.loglikelihood(requests)
-    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-6)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (LONG, WORDS, "Ice")]
-    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-6)
-    with pytest.raises(UserError, match="only scores text"):
-        ours.generate_until(requests)
 
 
 @pytest.mark.parametrize("task", PROMPTS)

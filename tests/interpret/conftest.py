@@ -6,7 +6,7 @@ import threading
 from http.server import ThreadingHTTPServer
 
 import pytest
-from made_up import LIVE, WIDE, Stub, record
+from fake_readings import LIVE, WIDE, Stub, record
 from serving import make_student, serving
 
 from megacocomix.interpret.page import render

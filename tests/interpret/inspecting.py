@@ -4,9 +4,7 @@ import json
 import random
 
 import tiny
-from megacocomix.checkpoint.hf import to_cocomix
 from megacocomix.data.tokenizer import Tokenizer
-from megacocomix.interpret.student import Student
 
 LENGTHS = (40, 16, 5, 1, 37, 3)  # of documents: longer than the context, as long, shorter, a single token
 
@@ -21,7 +19,7 @@ def make_student(tmp_path, config=None, **method):
         encode_batch=lambda texts: [[int(word) for word in text.replace("a", "1").split()] for text in texts],
         decode=lambda ids: "".join(f" {i}" for i in ids),
     )
-    return Student(to_cocomix(tiny.loaded(**method)), tokenizer, tmp_path / "step-00000006", "abc", config)
+    return tiny.opened(tiny.loaded(**method), tokenizer, tmp_path / "step-00000006", "abc", config)
 
 
 def documents():

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import tiny
-from megacocomix.checkpoint.hf import to_cocomix
 from megacocomix.data.tokenizer import Tokenizer
 from megacocomix.interpret.live import Limits
 from megacocomix.interpret.server import listen, make_app, start
-from megacocomix.interpret.student import Student
 
 CONTEXT, EOT = 48, 256
 PAGE = "<!doctype html><title>page</title>"
@@ -31,9 +29,7 @@ def make_student(**method):
         encode_batch=lambda texts: [list(text.encode()) for text in texts],
         decode=lambda ids: bytes(i for i in ids if i != EOT).decode(errors="replace"),
     )
-    return Student(
-        to_cocomix(tiny.loaded(vocab_size=EOT + 1, context=CONTEXT, **method)), tokenizer, Path("runs/bytes"), "", None
-    )
+    return tiny.opened(tiny.loaded(vocab_size=EOT + 1, context=CONTEXT, **method), tokenizer, Path("runs/bytes"))
 
 
 class Client:

@@ -130,10 +130,10 @@ def exported(tmp_path_factory):
     """A student of the tiny run's shape that reads GPT-2's tokens, with a teacher and an autoencoder that fit."""
     import torch
 
-    from megacocomix.checkpoint.hf import export_hf
-    from megacocomix.config import ModelConfig
+    from megacocomix.checkpoint.open import LoadedModel
+    from megacocomix.config.schema import ModelConfig
+    from megacocomix.hf.export import export_hf
     from megacocomix.model.gpt2 import GPT2, initialise
-    from megacocomix.model.load import LoadedModel
 
     folder = tmp_path_factory.mktemp("exported")
     shape = ModelConfig(**tiny.SHAPE | {"vocab_size": 50257}, dropout=0.0)

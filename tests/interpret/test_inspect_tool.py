@@ -8,11 +8,11 @@ import pytest
 from inspecting import make_student
 
 import tiny
-from megacocomix.checkpoint.hf import export_hf
 from megacocomix.errors import UserError
+from megacocomix.hf.export import export_hf
 from megacocomix.interpret.inspection import read_inspection
-from megacocomix.interpret.labelling import ALONE, guide_notes, open_guide
 from megacocomix.interpret.page import render
+from megacocomix.interpret.teacher_labels import ALONE, open_teacher_labels, teacher_labels_notes
 
 
 @pytest.fixture(scope="module")
@@ -24,31 +24,31 @@ def guided(folder):
 
 def test_a_run_is_labelled_as_its_config_says(guided):
     student = make_student(guided, tiny.config(guided, method={"label_source": "activation", "num_labels": 2}))
-    guide = open_guide(student)
-    assert guide.as_dict() == {
+    source = open_teacher_labels(student)
+    assert source.as_dict() == {
         "model": str(guided / "teacher"),
         "sae": str(guided / "sae.safetensors"),
         "num_labels": 2,
         "label_source": "activation",
         "label_sign": "positive",
     }
-    moved = open_guide(student, str(guided / "teacher"), str(guided / "told.safetensors"))
+    moved = open_teacher_labels(student, str(guided / "teacher"), str(guided / "told.safetensors"))
     assert moved.sae == str(guided / "told.safetensors") and moved.labeler.settings.source == "activation"
-    assert guide_notes(student, guide) == []
+    assert teacher_labels_notes(student, source) == []
 
 
 def test_a_run_whose_teacher_is_gone_says_how_to_go_on(guided):
     student = make_student(guided, tiny.config(guided, teacher={"model": str(guided / "gone")}))
     with pytest.raises(UserError, match="gone") as caught:
-        open_guide(student, remedy=ALONE)
+        open_teacher_labels(student, remedy=ALONE)
     assert "--no-teacher" in caught.value.problems[-1]
 
 
 def test_a_student_that_had_no_labels_is_read_alone(guided):
     student = make_student(guided, tiny.config(guided, method={"name": "mix-only"}))
-    assert open_guide(student) is None and "without concept labels" in guide_notes(student, None)[0]
+    assert open_teacher_labels(student) is None and "without concept labels" in teacher_labels_notes(student, None)[0]
     folder = make_student(guided)
-    assert open_guide(folder) is None and "--teacher DIR --sae FILE" in guide_notes(folder, None)[0]
+    assert open_teacher_labels(folder) is None and "--teacher DIR --sae FILE" in teacher_labels_notes(folder, None)[0]
 
 
 MISFITS = {
@@ -65,15 +65,15 @@ def test_an_autoencoder_that_does_not_fit_is_refused(guided, tmp_path, misfit):
     change, what = MISFITS[misfit]
     tiny.make_sae(tmp_path / "s.safetensors", **{"sae_layer": 1, "location": "resid_post_mlp"} | change)
     with pytest.raises(UserError, match=what):
-        open_guide(make_student(tmp_path), str(guided / "teacher"), str(tmp_path / "s.safetensors"))
+        open_teacher_labels(make_student(tmp_path), str(guided / "teacher"), str(tmp_path / "s.safetensors"))
 
 
 def test_an_autoencoder_that_does_not_say_its_layer_and_half_a_teacher_are_refused(guided):
     student = make_student(guided)
     with pytest.raises(UserError, match="sae_layer and location"):
-        open_guide(student, str(guided / "teacher"), str(guided / "sae.safetensors"))
+        open_teacher_labels(student, str(guided / "teacher"), str(guided / "sae.safetensors"))
     with pytest.raises(UserError, match="go together"):
-        open_guide(student, str(guided / "teacher"))
+        open_teacher_labels(student, str(guided / "teacher"))
 
 
 @pytest.fixture(scope="module")

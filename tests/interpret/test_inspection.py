@@ -20,8 +20,8 @@ from megacocomix.interpret.concepts import (
     top_contexts,
 )
 from megacocomix.interpret.inspection import inspect, read_inspection, write_inspection
-from megacocomix.interpret.labelling import open_guide
 from megacocomix.interpret.reading import LOOKED_AT, Reading, Windows, cut_windows, read_windows
+from megacocomix.interpret.teacher_labels import open_teacher_labels
 from megacocomix.model.losses import MASKED
 
 
@@ -36,20 +36,20 @@ def guided(folder):
 def case(request, guided):
     """A student, the reading of a text with its teacher, the record."""
     student = make_student(guided, num_kept=5, interleave_every=request.param)
-    guide = open_guide(student, str(guided / "teacher"), str(guided / "told.safetensors"))
+    source = open_teacher_labels(student, str(guided / "teacher"), str(guided / "told.safetensors"))
     windows = cut_windows(student, [write_text(guided / "text.jsonl", documents())], 1000)
-    reading = read_windows(student, windows, guide)
-    return student, guide, reading, inspect(student, reading, {3: "mine"}, 30)
+    reading = read_windows(student, windows, source)
+    return student, source, reading, inspect(student, reading, {3: "mine"}, 30)
 
 
-def plain(student, guide, reading):
+def plain(student, source, reading):
     """Of each position, window by window: (window, position, concepts by logit with their logits, labels or None)."""
     found = []
     for window, ids in enumerate(reading.windows.tokens):
         tokens = torch.from_numpy(ids)[None]
         with torch.no_grad():
             logits = student.model(tokens, use_cache=False, output_concept_logits=True).concept_logits[0].tolist()
-        labels = guide.labeler(tokens)[0].tolist()
+        labels = source.labeler(tokens)[0].tolist()
         for position, row in enumerate(logits):
             if (position + 1) % student.model.config.interleave_every == 0:
                 ranked = sorted(range(len(row)), key=lambda concept: -row[concept])
@@ -73,8 +73,8 @@ def test_a_document_longer_than_the_context_is_read_in_windows_of_it_and_that_is
 
 
 def test_a_window_is_read_as_the_model_reads_it_alone(case):
-    student, guide, reading, _ = case
-    slots = plain(student, guide, reading)
+    student, source, reading, _ = case
+    slots = plain(student, source, reading)
     assert reading.has_slot.sum() == len(slots)
     for (window, position, ranked, row, labels), place in zip(slots, np.flatnonzero(reading.has_slot), strict=True):
         assert (reading.window[place], reading.position[place]) == (window, position)
@@ -85,8 +85,8 @@ def test_a_window_is_read_as_the_model_reads_it_alone(case):
 
 
 def test_every_count_is_that_of_a_plain_loop(case):
-    student, guide, reading, record = case
-    slots = plain(student, guide, reading)
+    student, source, reading, record = case
+    slots = plain(student, source, reading)
     labelled = [slot for slot in slots if slot[4]]
     assert record["teacher"]["num_labelled"] == len(labelled) > 0
     entries = {entry["id"]: entry for entry in record["concepts"]}
@@ -127,8 +127,8 @@ def test_every_count_is_that_of_a_plain_loop(case):
 
 
 def test_totals_are_those_of_a_plain_loop(case):
-    student, guide, reading, record = case
-    slots, totals = plain(student, guide, reading), record["totals"]
+    student, source, reading, record = case
+    slots, totals = plain(student, source, reading), record["totals"]
     labelled = [(ranked, labels) for _, _, ranked, _, labels in slots if labels]
     kept = {concept for _, _, ranked, _, _ in slots for concept in ranked[:5]}
     named = {label for _, labels in labelled for label in labels}
@@ -142,7 +142,7 @@ def test_totals_are_those_of_a_plain_loop(case):
     )
     active = [0] * tiny.LATENTS
     for ids in reading.windows.tokens:
-        index, value = guide.labeler.sae.encode(guide.labeler.teacher.hidden(torch.from_numpy(ids)[None]))
+        index, value = source.labeler.sae.encode(source.labeler.teacher.hidden(torch.from_numpy(ids)[None]))
         for latent in index[value > 0].tolist():
             active[latent] += 1
     assert totals["teacher_dead"] == active.count(0)
@@ -175,12 +175,12 @@ def test_promoted_tokens_are_those_of_the_dense_formula(tmp_path):
 
 def test_a_padded_vocabulary_promotes_no_token_that_is_none(tmp_path):
     student = make_student(tmp_path)
-    student = replace(student, tokenizer=replace(student.tokenizer, vocab_size=12))
+    student.__dict__["tokenizer"] = replace(student.tokenizer, vocab_size=12)
     found = promoted_tokens(student, range(tiny.LATENTS))
     assert found.top_index.max() < 12 and found.bottom_index.max() < 12
 
 
-def made_up(index, labels):
+def fake_readings(index, labels):
     """A reading of one window of so many positions."""
     num = len(index)
     windows = Windows(["t"], [np.arange(num)], [0], [])
@@ -193,7 +193,7 @@ def made_up(index, labels):
 def test_precision_and_recall_by_hand():
     index = [[1, 2, 3, 4], [2, 1, 5, 6], [1, 6, 7, 8], [1, 2, 3, 4]]
     labels = [[1, 9], [3, 1], [8, 9], [MASKED, MASKED]]
-    found = count_agreement(made_up(index, labels), 10)
+    found = count_agreement(fake_readings(index, labels), 10)
     assert found.num_labelled == 3
     # 1 is the largest at two labelled positions and a label at one of them; it labels two.
     assert (found.precision(1)[1], found.recall(1)[1]) == (0.5, 0.5)
@@ -208,7 +208,7 @@ def test_precision_and_recall_by_hand():
 
 
 def test_a_label_that_is_given_twice_counts_once():
-    found = count_agreement(made_up([[1, 2, 3, 4]], [[1, 0, 0]]), 10)
+    found = count_agreement(fake_readings([[1, 2, 3, 4]], [[1, 0, 0]]), 10)
     assert found.labelled.tolist() == [1, 1, *[0] * 8] and found.recall_share == 0.5
 
 

@@ -4,7 +4,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from made_up import (
+from fake_readings import (
     BALL,
     IMAGE,
     LILY,

@@ -1,5 +1,5 @@
 import pytest
-from made_up import (
+from fake_readings import (
     BALL,
     LILY,
     SCRIPT,

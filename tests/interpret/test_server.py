@@ -13,8 +13,8 @@ import pytest
 from serving import CONTEXT, JSON, PAGE, WAIT, Client, make_student, serving
 
 import tiny
-from megacocomix.checkpoint.hf import export_hf
 from megacocomix.errors import UserError
+from megacocomix.hf.export import export_hf
 from megacocomix.interpret.live import Limits, read_task
 from megacocomix.interpret.server import address, choose_token, listen
 

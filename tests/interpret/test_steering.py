@@ -9,9 +9,9 @@ import tiny
 from megacocomix.errors import UserError
 from megacocomix.interpret.decode import Sampling, decode, fit_prompt
 from megacocomix.interpret.steering import Edit, Steering, kept_concepts, parse_edit
-from megacocomix.teacher.cut import Teacher
+from megacocomix.sae.model import SAE, SAEForm
 from megacocomix.teacher.load import gpt2_teacher
-from megacocomix.teacher.sae import SAE, SAEForm
+from megacocomix.teacher.model import Teacher
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
 SAMPLING = Sampling(max_new_tokens=6, seed=3)
@@ -255,7 +255,7 @@ def test_a_prompt_keeps_its_end_and_the_last_token_fits():
 @pytest.fixture(scope="module", params=[SAEForm(k=8), SAEForm(activation="relu", normalization="none")])
 def teacher_and_sae(request):
     """A random teacher that reads letters, and an autoencoder of either kind."""
-    from megacocomix.config import ModelConfig
+    from megacocomix.config.schema import ModelConfig
     from megacocomix.model.gpt2 import GPT2, initialise
 
     model = GPT2(ModelConfig(**tiny.SHAPE | {"hidden_size": 24}, dropout=0.0))

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import tiny
-from megacocomix.checkpoint.convert.recognise import open_source
-from megacocomix.checkpoint.convert.write import write_native
-from megacocomix.checkpoint.hf import export_hf
-from megacocomix.config import ModelConfig
+from megacocomix.checkpoint.convert import write_native
+from megacocomix.checkpoint.open import LoadedModel, open_source
+from megacocomix.config.schema import ModelConfig
 from megacocomix.errors import UserError
+from megacocomix.hf.export import export_hf
+from megacocomix.hf.open import open_model
 from megacocomix.interpret.decode import Sampling, decode
-from megacocomix.interpret.labelling import open_guide
 from megacocomix.interpret.steering import Edit, Steering
 from megacocomix.interpret.steering_curve import (
     CurveSettings,
@@ -30,9 +30,8 @@ from megacocomix.interpret.steering_curve import (
 )
 from megacocomix.interpret.steering_judge import Sums, Text, compare, judge, ranks, sign_test, summarise
 from megacocomix.interpret.steering_plot import draw, table
-from megacocomix.interpret.student import open_student
+from megacocomix.interpret.teacher_labels import open_teacher_labels
 from megacocomix.model.gpt2 import GPT2, initialise
-from megacocomix.model.load import LoadedModel
 
 CONTEXT, VOCAB, LATENTS, EOT = 40, 4096, 2048, 1
 FEW = CurveSettings(concepts=3, scales=(-4.0, 1.0, 8.0), prompts=2, prompt_tokens=5, new_tokens=6, batch=5)
@@ -66,12 +65,12 @@ def place(tmp_path_factory, root):
 
 @pytest.fixture(scope="module")
 def student(place):
-    return open_student(place / "run")
+    return open_model(place / "run")
 
 
 @pytest.fixture(scope="module")
-def guide(student):
-    return open_guide(student)
+def source(student):
+    return open_teacher_labels(student)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +81,9 @@ def result(place):
     return json.loads((place / "run/evals/steering/step-00000007.json").read_text())
 
 
-def plainly(guide, prompt, tokens, latent):
+def plainly(source, prompt, tokens, latent):
     """Mean activation, share of active tokens and perplexity of one text, read by itself."""
-    teacher, sae = guide.labeler.teacher, guide.labeler.sae
+    teacher, sae = source.labeler.teacher, source.labeler.sae
     whole = torch.tensor([prompt + tokens])
     activations, losses = [], []
     for position in range(len(prompt), whole.shape[1]):
@@ -121,15 +120,15 @@ def close(actual, expected):
     assert actual == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_texts_of_any_length_are_judged_token_by_token(guide):
+def test_texts_of_any_length_are_judged_token_by_token(source):
     generator = np.random.default_rng(1)
     prompts = [generator.integers(2, VOCAB, 4).tolist() for _ in range(2)]
     lengths = [6, 2, 1, 6, 3, 5]  # unsteered; the first concept; the second; each of both prompts
     texts = [Text(generator.integers(2, VOCAB, n).tolist(), [0.5] * n, Counter({7: n - 1})) for n in lengths]
-    read = guide.labeler.sae.encode(guide.labeler.teacher.hidden(torch.tensor([prompts[0] + texts[0].tokens])))
+    read = source.labeler.sae.encode(source.labeler.teacher.hidden(torch.tensor([prompts[0] + texts[0].tokens])))
     concepts = [int(read[0][0, -1, 0]), 7]  # one that is active somewhere
     promoted = np.array([[texts[0].tokens[0], texts[2].tokens[0], 0], [texts[3].tokens[1], 2, 0]])
-    sums = judge(guide.labeler.teacher, guide.labeler.sae, VOCAB, prompts, texts, concepts, promoted)
+    sums = judge(source.labeler.teacher, source.labeler.sae, VOCAB, prompts, texts, concepts, promoted)
     assert sums.tokens.tolist() == [8, 7, 8]
     assert sums.kl.tolist() == [4.0, 3.5, 4.0]
     assert sums.kept[:, 1].tolist() == [6, 5, 6]
@@ -137,7 +136,7 @@ def test_texts_of_any_length_are_judged_token_by_token(guide):
     for setting in range(3):
         rows = [2 * setting, 2 * setting + 1]
         for place, concept in enumerate(concepts):
-            found = [plainly(guide, prompts[row % 2], texts[row].tokens, concept) for row in rows]
+            found = [plainly(source, prompts[row % 2], texts[row].tokens, concept) for row in rows]
             activations = [value for each, _ in found for value in each]
             close(sums.activation[setting, place], sum(activations))
             assert sums.active[setting, place] == sum(value > 0 for value in activations)
@@ -147,7 +146,7 @@ def test_texts_of_any_length_are_judged_token_by_token(guide):
 
 
 @pytest.mark.parametrize("at", [("student", 0, 0), ("student", 2, 2), ("student", None, 1)])
-def test_a_measured_number_is_that_of_a_plain_reading(result, student, guide, at):
+def test_a_measured_number_is_that_of_a_plain_reading(result, student, source, at):
     side, scale, concept = at
     settings, ids = result["settings"], [each["id"] for each in result["concepts"]]
     edit = [] if scale is None else [Edit(ids[concept], settings["scales"][scale])]
@@ -155,7 +154,7 @@ def test_a_measured_number_is_that_of_a_plain_reading(result, student, guide, at
     for prompt, seed in zip(result["prompts"], settings["seeds"], strict=True):
         sampling = Sampling(FEW.new_tokens, seed=seed)
         tokens = [steps[0].token for steps in decode(student, [prompt], sampling, [edit], cached=False)]
-        found = plainly(guide, prompt, tokens, ids[concept])
+        found = plainly(source, prompt, tokens, ids[concept])
         activations += found[0]
         losses += found[1]
         kls += slow_kl(student, prompt, tokens, edit)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from megacocomix.config import ModelConfig
-from megacocomix.method import PRESETS
+from megacocomix.config.method import PRESETS
+from megacocomix.config.schema import ModelConfig
 from megacocomix.model.concept import interleave, predicting_slots
 from megacocomix.model.distillation import FrozenHead, hidden_distance, teacher_divergence
 from megacocomix.model.gpt2 import GPT2, initialise

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import tiny
-from megacocomix.config import ModelConfig
+from megacocomix.config.schema import ModelConfig
 from megacocomix.model.concept import ConceptMixer, interleave, standardize
 from megacocomix.model.gpt2 import GPT2, initial_value, initialise
 from megacocomix.model.losses import MASKED, frozen_head_loss, label_cross_entropy, next_token_targets

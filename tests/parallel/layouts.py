@@ -68,14 +68,14 @@ def all_layouts(world: int) -> dict[str, dict]:
     if world == 2:
         named += [
             layout(2, 2, 1, 3, "cocomix", sequence=False),
-            layout(2, 1, 1, 3, "cocomix", gather="per_step"),
+            layout(2, 1, 1, 3, "cocomix", reshard_after_forward=False),
             layout(2, 1, 1, 3, "cocomix", offload_optimizer=True),
             layout(2, 1, 1, 2, "cocomix", offload_optimizer=True),
             layout(2, 1, 2, 1, "cocomix", offload_optimizer=True),
-            layout(2, 1, 2, 3, "cocomix", gather="per_microbatch"),
-            layout(2, 1, 2, 3, "cocomix", stages_per_rank=2),
-            layout(2, 1, 2, 1, "cocomix", stages_per_rank=2),
-            layout(2, 1, 2, 3, "cocomix", cuts=[3]),
+            layout(2, 1, 2, 3, "cocomix", reshard_after_forward=True),
+            layout(2, 1, 2, 3, "cocomix", virtual_stages=2),
+            layout(2, 1, 2, 1, "cocomix", virtual_stages=2),
+            layout(2, 1, 2, 3, "cocomix", split_points=[3]),
             layout(2, 1, 2, 3, "cocomix", **{SMALL_WHOLE: True}),
             layout(2, 1, 1, 3, "cocomix", **{SMALL_WHOLE: True}),
         ]
@@ -84,7 +84,7 @@ def all_layouts(world: int) -> dict[str, dict]:
             layout(4, 2, 2, 3, "cocomix", recompute="selective"),
             layout(4, 2, 2, 3, "cocomix", recompute="full"),
             layout(4, 2, 1, 3, "cocomix", recompute="full"),
-            layout(4, 2, 2, 3, "cocomix", stages_per_rank=2),
+            layout(4, 2, 2, 3, "cocomix", virtual_stages=2),
             layout(4, 2, 2, 3, "cocomix", sequence=False),
         ]
     # Stages without a pipeline number their modules alike, and DeepSpeed checks that over all processes.
@@ -132,22 +132,16 @@ def train_and_keep_gradients(configs: list) -> list[tuple[int, list[str]]]:
     """Train one config after the other. Every rank leaves the whole gradients of its stage, summed and not yet clipped,
     as RUN/gradients-STEP-RANK.st; the last stage's copy of the tied weight is there as `copy`."""
     from megacocomix.checkpoint.store import gather
-    from megacocomix.parallel.zero import Engine
 
-    sum_shared, runs = Engine._sum_shared_gradients, iter(configs)
-
-    def sum_and_keep(engine):
-        sum_shared(engine)
-        engine.kept = getattr(engine, "kept", 0) + 1
-        if engine.kept == 1:
-            engine.run = Path(next(runs).run)
-        kept = {("copy" if piece.is_copy else piece.name): gather(piece, engine) for piece in engine.gradients()}
-        file = engine.run / f"gradients-{engine.kept}-{os.environ['RANK']}.st"
-        save_file({name: value.clone() for name, value in kept.items()}, file)
+    def keep(event, trainer):
+        if event == "gradients":
+            engine = trainer.engine
+            kept = {("copy" if each.is_copy else each.name): gather(each, engine) for each in engine.gradients()}
+            file = trainer.run / f"gradients-{trainer.state.step + 1}-{os.environ['RANK']}.st"
+            save_file({name: value.clone() for name, value in kept.items()}, file)
 
     shard_small_parameters_too()
-    Engine._sum_shared_gradients = sum_and_keep
-    return train_all(configs)
+    return train_all(configs, keep)
 
 
 def run_jobs(jobs: dict[int, list]) -> None:

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megacocomix.parallel.grid import Grid, grid_problem
+from megacocomix.config.rules import grid_problem
+from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.runtime import start_runtime, stop_runtime
 from processes import run_processes
 

@@ -4,7 +4,7 @@ import pytest
 
 import tiny
 from layouts import config, largest_differences, layout, lines, run_jobs, run_name
-from megacocomix.method import PRESETS
+from megacocomix.config.method import PRESETS
 
 pytestmark = pytest.mark.slow
 

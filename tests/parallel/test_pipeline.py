@@ -1,6 +1,7 @@
 import pytest
 
-from megacocomix.parallel.pipeline import Pass, bubble_fraction, plan_rounds, rank_order
+from megacocomix.config.rules import bubble_fraction
+from megacocomix.parallel.pipeline import Pass, plan_rounds, rank_order
 
 SHAPES = [(1, 1, 3), (2, 1, 1), (2, 1, 4), (3, 1, 2), (4, 1, 8), (4, 1, 2), (2, 2, 4), (4, 2, 8), (2, 3, 2), (4, 3, 12)]
 

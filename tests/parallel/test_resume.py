@@ -25,7 +25,7 @@ LAYOUTS = dict(
         layout(4, 2, 2, 3, "cocomix"),
         layout(4, 2, 2, 1, "cocomix"),
         layout(4, 1, 4, 3, "cocomix"),
-        layout(4, 1, 2, 3, "cocomix", stages_per_rank=2),
+        layout(4, 1, 2, 3, "cocomix", virtual_stages=2),
     ]
 )
 # Saved in the first layout, gone on with in the second.
@@ -40,7 +40,7 @@ PAIRS = [
     (layout(4, 4, 1, 1, "cocomix"), layout(4, 2, 1, 2, "cocomix")),
     (layout(4, 2, 2, 1, "cocomix"), layout(8, 2, 1, 3, "cocomix")),
     (layout(4, 2, 2, 1, "cocomix"), layout(1, 1, 1, 3, "cocomix")),
-    (layout(8, 2, 2, 3, "cocomix"), layout(4, 1, 2, 3, "cocomix", stages_per_rank=2)),
+    (layout(8, 2, 2, 3, "cocomix"), layout(4, 1, 2, 3, "cocomix", virtual_stages=2)),
     (layout(8, 2, 2, 3, "cocomix"), layout(4, 2, 1, 3, "cocomix", offload_optimizer=True)),
     (layout(8, 2, 2, 3, "cocomix"), layout(2, 1, 1, 1, "cocomix")),
 ]

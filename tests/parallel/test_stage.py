@@ -1,4 +1,4 @@
-"""Stages: where the model is cut, what each part holds, and how its parameters get their values."""
+"""Stages: how the model is divided, what each part holds, and how its parameters get their values."""
 
 import itertools
 import math
@@ -10,19 +10,19 @@ import torch
 
 import tiny
 from layouts import shard_small_parameters_too
-from megacocomix.config import load_config
+from megacocomix.config.load import load_config
 from megacocomix.model.flops import block_flops, head_flops, module_flops
 from megacocomix.model.gpt2 import assemble, initial_value
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.runtime import start_runtime, stop_runtime
-from megacocomix.parallel.stage import TIED, LocalStages, hidden_shape, stage_blocks
+from megacocomix.parallel.stage import TIED, StageModule, hidden_shape, stage_blocks
 from processes import run_processes
 
 
 def stages_on(config, rank):
     parallel = config.parallel
-    grid = SimpleNamespace(tensor=1, pipeline=parallel.pipeline, pipeline_rank=rank, data=1, device=torch.device("cpu"))
-    return LocalStages(config, grid)
+    grid = SimpleNamespace(tensor=1, tensor_rank=0, pipeline=parallel.pipeline, pipeline_rank=rank, data=1)
+    return StageModule(config, grid)
 
 
 def costliest(config, bounds):
@@ -35,7 +35,7 @@ def costliest(config, bounds):
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
 @pytest.mark.parametrize("name", ["69m", "tiny", "69m-ntp"])
-def test_no_other_cut_has_a_cheaper_costliest_stage(root, name, num_stages):
+def test_no_other_division_has_a_cheaper_costliest_stage(root, name, num_stages):
     overrides = [f"parallel.pipeline={num_stages}"] + (["method.name=ntp"] if name.endswith("-ntp") else [])
     config = load_config(root / f"configs/{name.removesuffix('-ntp')}.yaml", overrides)
     found = stage_blocks(config)
@@ -53,23 +53,23 @@ def test_blocks_above_the_concept_module_make_its_stages_shorter(root):
     assert sum(lengths) == 24
 
 
-def test_cuts_can_be_set(root):
-    config = load_config(root / "configs/1.38b.yaml", ["parallel.pipeline=3", "parallel.cuts=[6,15]"])
+def test_split_points_can_be_set(root):
+    config = load_config(root / "configs/1.38b.yaml", ["parallel.pipeline=3", "parallel.split_points=[6,15]"])
     assert stage_blocks(config) == [range(0, 6), range(6, 15), range(15, 24)]
 
 
-@pytest.mark.parametrize("per_rank", [1, 2])
-def test_stages_together_hold_the_models_parameters_under_the_models_names(tmp_path, per_rank):
-    config = tiny.config(tmp_path, model={"num_layers": 5}, parallel={"pipeline": 2, "stages_per_rank": per_rank})
-    held = [list(stages_on(config, rank).named_pieces()) for rank in range(2)]
-    names = [name for pieces in held for name, _, is_copy in pieces if not is_copy]
+@pytest.mark.parametrize("virtual_stages", [1, 2])
+def test_stages_together_hold_the_models_parameters_under_the_models_names(tmp_path, virtual_stages):
+    config = tiny.config(tmp_path, model={"num_layers": 5}, parallel={"pipeline": 2, "virtual_stages": virtual_stages})
+    held = [list(stages_on(config, rank).named_shards()) for rank in range(2)]
+    names = [name for shards in held for name, _, is_copy in shards if not is_copy]
     assert sorted(names) == sorted(name for name, _ in assemble(config).named_parameters())
-    assert [[name for name, _, is_copy in pieces if is_copy] for pieces in held] == [[], [TIED]]
+    assert [[name for name, _, is_copy in shards if is_copy] for shards in held] == [[], [TIED]]
 
 
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_a_stage_receives_2t_positions_only_behind_the_concept_module(tmp_path, first):
-    parallel = {"pipeline": 2, "cuts": [first]}
+    parallel = {"pipeline": 2, "split_points": [first]}
     config = tiny.config(tmp_path, model={"num_layers": 4}, method={"insertion_layer": 2}, parallel=parallel)
     assert hidden_shape(config, 1) == (2, tiny.CONTEXT * (2 if first > 2 else 1), 32)
 
@@ -96,7 +96,7 @@ def sizes_in_memory(config):
 
     shard_small_parameters_too()
     grid = Grid(start_runtime(), config.parallel.tensor, config.parallel.pipeline)
-    stages = LocalStages(config, grid)
+    stages = StageModule(config, grid)
     engine = Engine(
         stages,
         lambda name: initial_value(name, stages.whole_shapes[name], 0, 3),

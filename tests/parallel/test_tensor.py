@@ -1,17 +1,17 @@
-"""Splitting by the table: cutting and joining, padding, and what the concept head sends."""
+"""The sharding plan: sharding and merging, padding, and what the concept head sends."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import tiny
-from megacocomix.config import ModelConfig
-from megacocomix.model.concept import Compress, KeepLargest
+from megacocomix.config.schema import ModelConfig
+from megacocomix.model.concept import Compress, TopK
 from megacocomix.model.gpt2 import GPT2, initialise
 from megacocomix.model.losses import MASKED, label_cross_entropy
-from megacocomix.parallel.layers import CompressRows, KeepLargestOfAll, Piece, TensorRanks
+from megacocomix.parallel.layers import GlobalTopK, RowParallelCompress, Shard, TensorGroup
 from megacocomix.parallel.runtime import start_runtime, stop_runtime
-from megacocomix.parallel.tensor import cut, join, piece_of, split_dim
+from megacocomix.parallel.tensor import shard, shard_dim, shard_of, unshard
 from processes import run_processes
 
 TOKENS, WIDTH, KEPT = 16, 8, 5
@@ -24,33 +24,33 @@ def small_model():
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_what_is_cut_joins_to_what_it_was(size):
-    cut_names = set()
+def test_what_is_sharded_merges_to_what_it_was(size):
+    sharded_names = set()
     for name, parameter in small_model().named_parameters():
-        pieces = [cut(name, parameter.detach(), size, rank) for rank in range(size)]
-        assert len({piece.shape for piece in pieces}) == 1
-        assert torch.equal(join(name, pieces, parameter.shape), parameter)
-        if split_dim(name) is not None:
-            cut_names.add(name)
-            assert pieces[0].shape != parameter.shape
-    whole = {name for name, _ in small_model().named_parameters()} - cut_names
+        shards = [shard(name, parameter.detach(), size, rank) for rank in range(size)]
+        assert len({each.shape for each in shards}) == 1
+        assert torch.equal(unshard(name, shards, parameter.shape), parameter)
+        if shard_dim(name) is not None:
+            sharded_names.add(name)
+            assert shards[0].shape != parameter.shape
+    whole = {name for name, _ in small_model().named_parameters()} - sharded_names
     assert {name.rpartition(".")[0].removeprefix("blocks.0.") for name in whole if "blocks.1" not in name} >= {
         "norm", "norm_1", "norm_2", "attention.out", "mlp.down", "embed.positions", "concept", "concept.compress",
     }  # fmt: skip
-    assert len([name for name in cut_names if ".0." in name]) == 6  # qkv, up: weight and bias; out, down: weight
+    assert len([name for name in sharded_names if ".0." in name]) == 6  # qkv, up: weight and bias; out, down: weight
 
 
 @pytest.mark.parametrize(("whole", "size"), [(97, 2), (97, 4), (97, 8), (62, 4), (50257, 8), (9, 8)])
-def test_padded_pieces_differ_by_one_row_and_store_a_multiple_of_8(whole, size):
-    pieces = [Piece.of(whole, size, rank, padded=True) for rank in range(size)]
-    assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
-    assert (pieces[0].start, pieces[-1].stop) == (0, whole)
-    assert max(piece.owned for piece in pieces) - min(piece.owned for piece in pieces) <= 1
-    assert {piece.stored % 8 for piece in pieces} == {0}
+def test_padded_shards_differ_by_one_row_and_store_a_multiple_of_8(whole, size):
+    shards = [Shard.of(whole, size, rank, padded=True) for rank in range(size)]
+    assert [each.start for each in shards[1:]] == [each.stop for each in shards[:-1]]
+    assert (shards[0].start, shards[-1].stop) == (0, whole)
+    assert max(each.owned for each in shards) - min(each.owned for each in shards) <= 1
+    assert {each.stored % 8 for each in shards} == {0}
 
 
-def test_heads_are_cut_as_wholes():
-    rows = piece_of("blocks.0.attention.qkv.weight", torch.Size([96, 32]), 4, 1)
+def test_heads_are_never_divided():
+    rows = shard_of("blocks.0.attention.qkv.weight", torch.Size([96, 32]), 4, 1)
     assert (rows.start, rows.stop, rows.stored) == (24, 48, 24)  # head 1 of 4: its 8 rows each of q, k and v
 
 
@@ -80,25 +80,25 @@ class Bytes:
         return counted
 
 
-def split_head(logits, weight, bias, labels, sequence):
+def sharded_head(logits, weight, bias, labels, sequence):
     """Top-k, compression and loss over the tensor ranks of this job, forward and backward."""
     runtime = start_runtime()
     size, rank = runtime.world, runtime.rank
-    ranks = TensorRanks(dist.group.WORLD, rank, size, sequence=sequence)
-    piece = Piece.of(len(weight), size, rank, padded=True)
+    group = TensorGroup(dist.group.WORLD, rank, size, sequence=sequence)
+    extent = Shard.of(len(weight), size, rank, padded=True)
     plain = Compress(*weight.shape)
-    plain.weight = torch.nn.Parameter(cut("concept.compress.weight", weight, size, rank))
+    plain.weight = torch.nn.Parameter(shard("concept.compress.weight", weight, size, rank))
     plain.bias = torch.nn.Parameter(bias)
-    keep, compress = KeepLargestOfAll(KEPT, ranks, piece), CompressRows(plain, ranks, piece)
-    own = logits[..., piece.start : piece.stop].clone().requires_grad_()
+    top_k, compress = GlobalTopK(KEPT, group, extent), RowParallelCompress(plain, group, extent)
+    own = logits[..., extent.start : extent.stop].clone().requires_grad_()
     with Bytes() as forward:
-        vector = compress(*keep(own))
+        vector = compress(*top_k(own))
     with Bytes() as backward:
         vector.square().sum().backward()
-    whole = ranks.gather_positions(vector.detach()) if sequence else vector.detach()
-    results = {"vector": whole, "grad": own.grad, "weight_grad": plain.weight.grad[: piece.owned]}
-    own = logits[..., piece.start : piece.stop].clone().requires_grad_()
-    loss = label_cross_entropy(own, labels, piece.start, ranks.join_losses)
+    whole = group.all_gather_positions(vector.detach()) if sequence else vector.detach()
+    results = {"vector": whole, "grad": own.grad, "weight_grad": plain.weight.grad[: extent.owned]}
+    own = logits[..., extent.start : extent.stop].clone().requires_grad_()
+    loss = label_cross_entropy(own, labels, extent.start, group.combine_losses)
     loss.backward()
     results |= {"loss": loss.detach(), "loss_grad": own.grad}
     stop_runtime()
@@ -108,7 +108,7 @@ def split_head(logits, weight, bias, labels, sequence):
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_the_split_concept_head_is_exact_and_sends_k_candidates_a_rank_and_one_vector(size, sequence):
+def test_the_sharded_concept_head_is_exact_and_sends_k_candidates_a_rank_and_one_vector(size, sequence):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, TOKENS // 2, tiny.LATENTS, generator=generator)
     weight, bias = torch.randn(tiny.LATENTS, WIDTH, generator=generator), torch.randn(WIDTH, generator=generator)
@@ -118,13 +118,13 @@ def test_the_split_concept_head_is_exact_and_sends_k_candidates_a_rank_and_one_v
     whole = logits.clone().requires_grad_()
     compress = Compress(tiny.LATENTS, WIDTH)
     compress.weight, compress.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
-    vector = compress(*KeepLargest(KEPT)(whole))
+    vector = compress(*TopK(KEPT)(whole))
     vector.square().sum().backward()
     loss_logits = logits.clone().requires_grad_()
     loss = label_cross_entropy(loss_logits, labels)
     loss.backward()
 
-    ranks = run_processes(size, split_head, logits, weight, bias, labels, sequence)
+    ranks = run_processes(size, sharded_head, logits, weight, bias, labels, sequence)
     found = [{name: torch.from_numpy(value) for name, value in results.items()} for results, _, _ in ranks]
     for results in found:
         torch.testing.assert_close(results["vector"], vector.detach())

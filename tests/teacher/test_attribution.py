@@ -2,15 +2,15 @@ import pytest
 import torch
 
 import tiny
-from megacocomix.config import ModelConfig
+from megacocomix.config.schema import ModelConfig
 from megacocomix.errors import UserError
 from megacocomix.model.gpt2 import GPT2, initialise
 from megacocomix.model.losses import MASKED
+from megacocomix.sae.file import load_sae
 from megacocomix.teacher.attribution import Scores, attribute, select_labels
-from megacocomix.teacher.cut import Teacher
 from megacocomix.teacher.labels import open_labeler
 from megacocomix.teacher.load import gpt2_teacher, load_teacher
-from megacocomix.teacher.sae_file import load_sae
+from megacocomix.teacher.model import Teacher
 
 LOCATIONS = ["resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn"]
 TOKENS = torch.randint(tiny.VOCAB, (2, tiny.CONTEXT), generator=torch.Generator().manual_seed(9))

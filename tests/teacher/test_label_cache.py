@@ -26,7 +26,7 @@ from megacocomix.teacher import label_cache
 from megacocomix.teacher.label_cache import CacheManifest, LabelCache, claim_shard, is_sound, shard_file, start_cache
 from megacocomix.teacher.label_job import label_all
 from megacocomix.teacher.labels import open_labeler
-from megacocomix.teacher.sources import describe_labels, open_labels
+from megacocomix.teacher.targets import describe_labels, open_labels
 
 CPU, EOT = torch.device("cpu"), 50256
 MANIFEST = CacheManifest(
@@ -353,7 +353,7 @@ def test_data_of_another_tokenizer_is_refused_before_anything_is_labelled(root, 
     prepare_data([str(text_file(tmp_path))], tmp_path / "data", "gpt2", 0.0, 1)
     tokenizer = str(root / "assets/teacher/tokenizer.model")
     config = tiny.config(folder, data={"train": str(tmp_path / "data/train"), "tokenizer": tokenizer})
-    with pytest.raises(UserError, match="was written with the tokenizer"):
+    with pytest.raises(UserError, match="another tokenizer"):
         label_all(config, tmp_path / "cache", CPU)
     assert not (tmp_path / "cache").exists()
 

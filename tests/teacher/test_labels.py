@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import tiny
-from megacocomix.config import ModelConfig
+from megacocomix.config.schema import ModelConfig
 from megacocomix.errors import UserError
 from megacocomix.model.gpt2 import GPT2, initialise
 from megacocomix.model.losses import MASKED
+from megacocomix.sae.model import SAE, SAEForm
 from megacocomix.teacher import labels as labels_module
 from megacocomix.teacher.attribution import attribute, score, select_labels
-from megacocomix.teacher.cut import Teacher
 from megacocomix.teacher.labels import ConceptLabeler, LabelSettings, open_labeler
 from megacocomix.teacher.load import gpt2_teacher
-from megacocomix.teacher.sae import SAE, SAEForm
+from megacocomix.teacher.model import Teacher
 
 WINDOWS = torch.randint(tiny.VOCAB, (11, tiny.CONTEXT), generator=torch.Generator().manual_seed(9))
 SETTINGS = LabelSettings(
@@ -24,7 +24,7 @@ SETTINGS = LabelSettings(
     sign="positive",
     mask_unlabelled=True,
     masked_token=None,
-    piece=tiny.CONTEXT,
+    chunk=tiny.CONTEXT,
     seed=None,
     sae_layer=1,
     location="resid_post_mlp",
@@ -138,12 +138,12 @@ def test_end_of_text_is_masked_on_request(teacher, sae):
 
 
 def test_a_window_longer_than_the_teachers_is_labelled_piece_by_piece(teacher, sae):
-    labeler = ConceptLabeler(teacher, sae, replace(SETTINGS, piece=6))
+    labeler = ConceptLabeler(teacher, sae, replace(SETTINGS, chunk=6))
     labels = labeler(WINDOWS)
-    pieces = [ConceptLabeler(teacher, sae, replace(SETTINGS, piece=6))(piece) for piece in WINDOWS.split(6, dim=1)]
+    pieces = [ConceptLabeler(teacher, sae, replace(SETTINGS, chunk=6))(piece) for piece in WINDOWS.split(6, dim=1)]
     assert torch.equal(labels, torch.cat(pieces, dim=1))
     assert (labels[:, [5, 11, 15]] == MASKED).all()  # the last position of each piece has no next token
-    one_left = ConceptLabeler(teacher, sae, replace(SETTINGS, piece=5))(WINDOWS)
+    one_left = ConceptLabeler(teacher, sae, replace(SETTINGS, chunk=5))(WINDOWS)
     assert (one_left[:, 15] == MASKED).all()
 
 
@@ -152,7 +152,7 @@ def test_a_context_longer_than_the_teachers_is_refused_or_windowed(folder):
     with pytest.raises(UserError, match=r"teacher\.windowed=true"):
         open_labeler(tiny.config(folder, **longer), torch.device("cpu"), 0)
     labeler = open_labeler(tiny.config(folder, **longer, teacher={"windowed": True}), torch.device("cpu"), 0)
-    assert labeler.settings.piece == tiny.CONTEXT
+    assert labeler.settings.chunk == tiny.CONTEXT
     tokens = torch.randint(tiny.VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))
     assert labeler(tokens).shape == (2, 40, 3)
 

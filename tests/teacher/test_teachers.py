@@ -17,12 +17,12 @@ from transformers import (
 )
 
 import tiny
+from megacocomix.checkpoint.open import weights_sha256
 from megacocomix.errors import UserError
-from megacocomix.model.load import weights_sha256
+from megacocomix.sae.model import SAE, SAEForm
 from megacocomix.teacher.attribution import attribute
-from megacocomix.teacher.cut import Teacher
 from megacocomix.teacher.load import load_teacher, load_teacher_model, teacher_tokenizer
-from megacocomix.teacher.sae import SAE, SAEForm
+from megacocomix.teacher.model import Teacher
 
 TOKENS = torch.randint(tiny.VOCAB, (2, 12), generator=torch.Generator().manual_seed(9))
 SIZES = {

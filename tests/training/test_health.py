@@ -14,20 +14,19 @@ pytestmark = pytest.mark.slow
 
 def train_with_a_nan(configs):
     """The loss of the fourth step, which is not logged, is not a number."""
-    import megacocomix.training.trainer as trainer
-    from megacocomix.parallel.stage import LocalStages
+    from megacocomix.parallel.stage import StageModule
 
-    forward, step, number = LocalStages.forward, trainer.Trainer._step, [0]
+    forward, step = StageModule.forward, [0]
 
     def spoilt(self, *arguments):
-        return forward(self, *arguments) * (float("nan") if number[0] == 3 else 1.0)
+        y, losses = forward(self, *arguments)
+        return y * (float("nan") if step[0] == 3 else 1.0), losses
 
-    def counted(self):
-        number[0] = self.state.step
-        return step(self)
+    def note(event, trainer):
+        step[0] = trainer.state.step
 
-    LocalStages.forward, trainer.Trainer._step = spoilt, counted
-    return train_all(configs)
+    StageModule.forward = spoilt
+    return train_all(configs, note)
 
 
 def train_with_another_file_on_rank_1(config, train_path):
@@ -78,18 +77,16 @@ def test_other_content_under_the_same_name_does_not_resume(folder):
 
 def validation_dropout(config):
     """Train with dropout; note in which mode each forward pass of a validation runs."""
-    import megacocomix.training.trainer as trainer
+    modes, handles = [], []
 
-    modes, validate = [], trainer.Trainer._validate
+    def watch(event, trainer):
+        if event == "validate":
+            note = lambda module, _: modes.append(module.training)
+            handles.append(trainer.stages.parts["0"].register_forward_pre_hook(note))
+        elif event == "validated":
+            handles.pop().remove()
 
-    def watched(self):
-        handle = self.stages.parts["0"].register_forward_pre_hook(lambda module, _: modes.append(module.training))
-        loss = validate(self)
-        handle.remove()
-        return loss
-
-    trainer.Trainer._validate = watched
-    assert train(config) == (0, [])
+    assert train(config, watch) == (0, [])
     return modes
 
 

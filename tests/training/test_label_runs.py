@@ -8,11 +8,12 @@ import torch
 
 import tiny
 from jobs import train_all
+from megacocomix.config.rules import check_config
 from megacocomix.errors import UserError
 from megacocomix.teacher import label_cache
 from megacocomix.teacher.label_cache import shard_file
 from megacocomix.teacher.label_job import label_all
-from megacocomix.validate import check_config, open_inputs
+from megacocomix.training.inputs import open_inputs
 from processes import run_processes
 
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 import tiny
 from jobs import train_all
-from megacocomix.method import PRESETS
+from megacocomix.config.method import PRESETS
 from megacocomix.model.gpt2 import assemble
 from processes import run_processes
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 import tiny
+from megacocomix.checkpoint.format import list_checkpoints
 from megacocomix.errors import UserError
-from megacocomix.model.load import list_checkpoints
 from megacocomix.training.sweep import plan_jobs, read_plan
 
 

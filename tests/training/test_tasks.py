@@ -11,9 +11,9 @@ import pytest
 
 import tiny
 from jobs import train_all
+from megacocomix.checkpoint.format import list_checkpoints
 from megacocomix.errors import EXIT_REQUEUE, UserError
-from megacocomix.model.load import list_checkpoints
-from megacocomix.validate import open_inputs
+from megacocomix.training.inputs import open_inputs
 from processes import run_processes
 
 pytest.importorskip("lm_eval")

@@ -1,0 +1,137 @@
+"""A GPT-2 on disk, with or without the concept module: its sizes, and its tensors under our names, one at a time.
+
+All tensors are found and of the right shape before the first is read.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megacocomix.checkpoint.hf_names import to_hf
+from megacocomix.config.load import build_config
+from megacocomix.config.method import ARCHITECTURE, MethodConfig
+from megacocomix.config.schema import Config, ModelConfig
+from megacocomix.errors import UserError
+from megacocomix.files import file_sha256
+from megacocomix.model.gpt2 import assemble
+
+NEXT_TOKEN = MethodConfig(name="ntp").resolved()
+"""The method of a model without a concept module."""
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a source may not record about itself; None where unknown."""
+
+    insertion_layer: int | None = None
+    num_kept: int | None = None
+    num_heads: int | None = None
+    vocab_size: int | None = None
+
+
+NO_HINTS = Hints()
+
+
+class Store(Protocol):
+    """Named tensors on disk, whatever the format."""
+
+    files: list[Path]
+    shapes: dict[str, tuple[int, ...]]
+
+    def file_of(self, name: str) -> Path:
+        """The file (or folder) to name in an error about a tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor as it is stored."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk. `read` gives our tensors in fp32; `read_hf` the same weights under Hugging Face's names by a way
+    of its own, None where there is no second way: parity.py compares the two."""
+
+    kind: str
+    path: Path
+    shape: ModelConfig
+    method: MethodConfig
+    files: list[Path]
+    read: Callable[[str], Tensor]
+    read_hf: Callable[[str], Tensor] | None
+    config: Config | None = None
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of every parameter of ours."""
+        return parameter_shapes(neutral_config(self.shape, self.method))
+
+    @property
+    def sha256(self) -> str:
+        """One hash over the content of all files."""
+        return hashlib.sha256("".join(file_sha256(file) for file in self.files).encode()).hexdigest()
+
+
+def neutral_config(shape: ModelConfig, method: MethodConfig, tokenizer: str = "") -> Config:
+    """A config of a model that no run of ours trained: its sizes are true, paths are empty, and the schedule learns
+    nothing."""
+    architecture = {key: getattr(method, key) for key in ARCHITECTURE}
+    values = {
+        "run": "",
+        "model": shape.model_dump(),
+        "method": {"name": "cocomix", **architecture} if method.has_module else {"name": "ntp"},
+        "data": {"train": "", "valid": "", "tokenizer": tokenizer},
+        "optimizer": {"lr": 1e-8, "min_lr": 0.0, "warmup_steps": 0},
+        "training": {"steps": 1, "global_batch": 1, "micro_batch": 1, "precision": "fp32"},
+    }
+    return build_config(values, "the sizes of the source")
+
+
+def parameter_shapes(config: Config) -> dict[str, torch.Size]:
+    """Shape of every parameter of a config's student."""
+    with torch.device("meta"):
+        model = assemble(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def hf_shapes(shapes: Mapping[str, torch.Size], num_heads: int) -> dict[str, torch.Size]:
+    """Our names and shapes → Hugging Face's."""
+    pairs = (to_hf(name, torch.empty(shape, device="meta"), num_heads) for name, shape in shapes.items())
+    return {name: tensor.shape for name, tensor in pairs}
+
+
+def check_tensors(store: Store, expected: Mapping[str, tuple[int, ...]], where: Path, ignore=()) -> None:
+    """Raises UserError where a tensor is missing, of another shape, or unknown: one line, naming the first and how many
+    more there are."""
+    problems = [
+        f"{where} lacks {name}, of shape {list(expected[name])}" for name in expected if name not in store.shapes
+    ]
+    for name, shape in expected.items():
+        if tuple(store.shapes.get(name, shape)) != tuple(shape):
+            found = list(store.shapes[name])
+            problems.append(f"{store.file_of(name)}: {name} is of shape {found}, expected {list(shape)}")
+    for name in store.shapes:
+        if name not in expected and not name.endswith(tuple(ignore)):
+            problems.append(f"{store.file_of(name)} holds {name}, which is no tensor of this model")
+    if problems:
+        more = f", and {len(problems) - 1} more such tensors" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}.")
+
+
+def method_from_hints(num_concepts: int, num_layers: int, hints: Hints, path: Path) -> MethodConfig:
+    """The published method with the sizes that only the hints know. Raises UserError where they do not, or where they
+    are impossible."""
+    for flag, value in (("--insertion-layer", hints.insertion_layer), ("--num-kept", hints.num_kept)):
+        if value is None:
+            raise UserError(
+                f"{path} does not record its concept settings: give {flag} (published sizes: 3 or 5, and 32)."
+            )
+    if not 0 <= hints.insertion_layer < num_layers:
+        raise UserError(f"{path}: insertion layer {hints.insertion_layer} is not below {num_layers}, its blocks.")
+    if not 1 <= hints.num_kept <= num_concepts:
+        raise UserError(f"{path}: {hints.num_kept} concepts kept, but it has {num_concepts}.")
+    sizes = {"insertion_layer": hints.insertion_layer, "num_concepts": num_concepts, "num_kept": hints.num_kept}
+    return MethodConfig(name="cocomix", **sizes).resolved()

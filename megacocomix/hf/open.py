@@ -1,0 +1,153 @@
+"""One way to open a model: a run, a checkpoint or a Hugging Face folder → a model of transformers that can be measured,
+read, steered and decoded with a cache.
+
+GPT-2 and CoCoMix become the class that an exported folder carries (modeling_cocomix.py), in fp32, by our own code and
+never by the folder's; a model without concepts is one whose concept module has no parts. Any other causal language
+model keeps the class that transformers has for it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from megacocomix.checkpoint.detect import detect
+from megacocomix.checkpoint.external.hf import hf_model_type
+from megacocomix.checkpoint.open import load_model, model_tokenizer, weights_sha256
+from megacocomix.config.schema import Config
+from megacocomix.data.tokenizer import Tokenizer, export_tokenizer, load_hf_tokenizer, load_tokenizer
+from megacocomix.errors import UserError
+from megacocomix.hf.export import to_cocomix
+from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in eval mode and in fp32, where it was found (of a run: the checkpoint), the SHA-256 of its weights, and
+    the config it was trained with, where the folder has one."""
+
+    model: PreTrainedModel
+    path: Path
+    sha256: str
+    config: Config | None
+
+    @property
+    def context(self) -> int:
+        """Most tokens that it reads."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.model.device
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises UserError where the folder records none, or one of more tokens than the model has."""
+        spec = self._tokenizer_spec
+        try:
+            tokenizer = load_tokenizer(spec)
+        except UserError as error:
+            if self.config is None:
+                raise
+            where = f"So says the config in {self.path}, whose paths are relative to the folder its run was started in."
+            raise UserError(*error.problems, where) from None
+        self._check_vocabulary(tokenizer.vocab_size)
+        return tokenizer
+
+    @cached_property
+    def hf_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The same as transformers has it, with the files that an exported folder carries. Raises UserError."""
+        spec = self._tokenizer_spec
+        if Path(spec).is_dir():
+            tokenizer = load_hf_tokenizer(Path(spec))
+        else:
+            load_tokenizer(spec)  # has the better errors
+            with TemporaryDirectory() as folder:
+                export_tokenizer(spec, Path(folder))
+                tokenizer = load_hf_tokenizer(Path(folder))
+        self._check_vocabulary(len(tokenizer))
+        return tokenizer
+
+    @property
+    def _tokenizer_spec(self) -> str:
+        if spec := model_tokenizer(self.path):
+            return spec
+        if self.config:
+            raise UserError(f"{self.path} does not record its tokenizer: convert it again with --tokenizer.")
+        raise UserError(f"{self.path} holds no tokenizer, such as a tokenizer.json.")
+
+    def _check_vocabulary(self, num_tokens: int) -> None:
+        size = self.model.config.vocab_size
+        if num_tokens > size:
+            raise UserError(f"{self.path} has a vocabulary of {size}, but its tokenizer one of {num_tokens}.")
+
+    def has_slot(self, position: Tensor) -> Tensor:
+        """Which token positions have a concept slot: those for which something is predicted (method.interleave_every),
+        bool of the same shape."""
+        return (position + 1) % self.model.config.interleave_every == 0
+
+
+def open_model(path: str | Path, device: str | torch.device | None = None) -> OpenModel:
+    """The model in a run, a checkpoint of ours or a Hugging Face folder, on `device` (default: the GPU where there is
+    one). Raises UserError where there is none, or none that can be run."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, found = detect(path)
+    if kind in ("megatron", "deepspeed"):
+        raise UserError(
+            f"{path} is a checkpoint of {'Megatron-LM' if kind == 'megatron' else 'DeepSpeed'}: convert it first with "
+            "tools/convert_checkpoint.py --to native."
+        )
+    model_type = hf_model_type(found) if kind == "hf" else None
+    if model_type not in (None, "gpt2", "cocomix"):
+        return _open_with_transformers(found, device)
+    try:
+        # Of a run its folder, which is compared with its hashes only once.
+        loaded = load_model(path)
+    except UserError:
+        if model_type != "gpt2":
+            raise
+        return _open_with_transformers(found, device)  # a kind of GPT-2 that is not ours, such as an untied head
+    return OpenModel(to_cocomix(loaded).to(device), loaded.path, loaded.sha256, loaded.config)
+
+
+def _open_with_transformers(folder: Path, device: str | torch.device) -> OpenModel:
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises whatever its parsers do
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} is no causal language model that can be loaded ({reason:.200}).") from None
+    if not getattr(model.config, "max_position_embeddings", None):
+        raise UserError(f"{folder} does not record how many tokens it reads: set max_position_embeddings.")
+    return OpenModel(model.eval().to(device), folder, weights_sha256(folder), None)
+
+
+def check_is_cocomix(opened: OpenModel) -> None:
+    """Raises UserError for a model of another architecture, whose cache and padding are not as decoding here needs."""
+    if not isinstance(opened.model, CocomixForCausalLM):
+        raise UserError(f"{opened.path} is a {type(opened.model).__name__}: only GPT-2 and CoCoMix are decoded here.")
+
+
+def check_has_concepts(opened: OpenModel) -> None:
+    """Raises UserError for a model that predicts no concepts."""
+    check_is_cocomix(opened)
+    predict = opened.model.config.predict
+    if predict == "concepts":
+        return
+    instead = "a teacher's hidden state, and no concepts" if predict == "hidden" else "no concepts"
+    raise UserError(f"{opened.path} predicts {instead}: there is nothing to inspect or to steer.")
+
+
+def check_mixes_concepts(opened: OpenModel) -> None:
+    """Raises UserError for a model whose next tokens do not depend on its concepts."""
+    check_has_concepts(opened)
+    if opened.model.config.mix != "predicted":
+        raise UserError(f"{opened.path} predicts concepts but mixes none in: steering them cannot change its text.")

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: the model, its file, other projects' formats, conversion and training."""

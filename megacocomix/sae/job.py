@@ -1,0 +1,393 @@
+"""Train an autoencoder on a teacher: wire teacher, token shards and trainer, measure on held-out windows, save it.
+
+Beside FILE: FILE.jsonl, a line each few steps; FILE.resume, from which the same command goes on, until FILE is there.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from megacocomix.config.schema import Location
+from megacocomix.data.tokenizer import tokenizer_mismatches
+from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
+from megacocomix.errors import UserError
+from megacocomix.files import write_aside, write_text
+from megacocomix.hub import is_hub_name, local_folder
+from megacocomix.sae.file import save_sae
+from megacocomix.sae.measure import measure_sae
+from megacocomix.sae.model import SAE
+from megacocomix.sae.train import SAETrainer, SAETraining, all_reduce, default_aux_k, default_lr, shuffled_batches
+from megacocomix.signals import StopSignal
+from megacocomix.teacher.load import load_teacher, teacher_tokenizer
+from megacocomix.teacher.model import Teacher
+
+TOKENS_PER_FORWARD = 4096
+
+# What the autoencoder is measured on: enough that a latent in use is seldom called dead by chance.
+HELD_OUT_TOKENS = 2**17
+
+# Without --valid, this share of the windows is kept out of training.
+HELD_OUT_SHARE = 0.05
+
+# Of the 10 M tokens of Gao et al.; a shorter run needs its dead latents sooner.
+DEAD_AFTER_TOKENS = 10_000_000
+
+LOG_EVERY = 10
+
+MOST_BATCH_ROWS = 2**24
+
+
+@dataclass(frozen=True)
+class SAEJob:
+    """What `tools/train_sae.py` was asked for; its --help says what each means."""
+
+    teacher: str
+    data: str
+    valid: str | None
+    layer: int
+    location: Location
+    latents: int
+    k: int
+    out: str
+    steps: int
+    batch_rows: int
+    lr: float | None
+    seed: int
+    save_every: int
+    resample_every: int | None
+
+    @property
+    def log(self) -> Path:
+        """FILE.jsonl."""
+        return Path(f"{self.out}.jsonl")
+
+    @property
+    def resume(self) -> Path:
+        """FILE.resume."""
+        return Path(f"{self.out}.resume")
+
+
+class SAERun:
+    """One process's part of a job, alone or as one of `world` ranks: opened, then `train`, then `finish` on rank 0.
+
+    Opening goes on from FILE.resume where there is one. It raises UserError for anything that does not fit; an existing
+    FILE is never overwritten. No rank may begin to train before all have opened.
+    """
+
+    def __init__(self, job: SAEJob, device: torch.device, rank: int = 0, world: int = 1):
+        self.job, self.device, self.rank, self.world = job, device, rank, world
+        out = Path(job.out)
+        if out.exists():
+            raise UserError(f"--out {out} exists already: choose another name or delete it.")
+        if job.batch_rows % world:
+            nearest = max(1, round(job.batch_rows / world)) * world
+            raise UserError(
+                f"--batch-rows {job.batch_rows} cannot be shared by {world} processes. Nearest valid: {nearest}."
+            )
+        if job.save_every < 1:
+            raise UserError(f"--save-every {job.save_every} must be at least 1.")
+        local_folder(job.teacher, download=True)  # ranks that ask at once wait for the first one's download
+        if rank == 0 and job.log.exists() and not job.resume.exists():
+            print(f"{job.log} is of a run that left nothing to go on from: it begins again", flush=True)
+        self.teacher = load_teacher(job.teacher, job.layer, job.location, device)
+        self.train_windows, self.positions, self.valid_windows, self.valid_positions = _split(job, self.teacher)
+        _check_tokenizer(job, self.teacher, self.train_windows)
+        settings = _choose_settings(job, self.teacher)
+        if rank == 0:
+            _say(job, self.teacher, settings)
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}).") from None
+        if job.batch_rows > MOST_BATCH_ROWS:
+            raise UserError(
+                f"--batch-rows {job.batch_rows} is more than a batch can be. Nearest valid: {MOST_BATCH_ROWS}."
+            )
+        try:
+            self.trainer = SAETrainer(settings, self.teacher.width, device)
+        except (RuntimeError, MemoryError):
+            raise UserError(f"--latents {job.latents} of width {self.teacher.width} do not fit into memory.") from None
+        self.identity = {
+            **asdict(settings),
+            "teacher": self.teacher.sha256,
+            "layer": job.layer,
+            "location": job.location,
+            "data": self.train_windows.shards.fingerprint,
+            "valid": self.valid_windows.shards.fingerprint,
+            "processes": world,
+        }
+        if job.resume.exists():
+            self.trainer.load_state(_read_resume(job.resume, self.identity))
+
+    def train(self) -> bool:
+        """Train to the last step, or to a signal, which all ranks agree on. Returns whether it was the last step."""
+        steps = self.trainer.settings.steps
+        if all_reduce(torch.tensor(self.trainer.num_steps)) != self.world * self.trainer.num_steps:
+            raise UserError(
+                f"{self.job.resume} is not seen by all processes: put --out on a file system that all share."
+            )
+        if self.rank == 0 and self.job.log.exists():
+            _forget_after(self.job.log, self.trainer.num_steps)
+        log = open(self.job.log if self.rank == 0 else os.devnull, "a")  # noqa: SIM115
+        try:
+            with (
+                StopSignal() as stop,
+                log,
+                tqdm(total=steps, initial=self.trainer.num_steps, unit="step", disable=self.rank > 0) as bar,
+            ):
+                rows = self._rows()
+                while self.trainer.num_steps < steps:
+                    rows_ND, problem = _next(rows)
+                    num_stopped, num_bad = all_reduce(torch.tensor([bool(stop), problem is not None]).int()).tolist()
+                    if num_bad:
+                        raise problem or UserError()  # said by the rank that knows
+                    if num_stopped:
+                        if self.rank == 0 and self.trainer.num_steps and not self._save():
+                            raise UserError(f"{self.job.resume} could not be written: what was trained since is lost.")
+                        return False
+                    if self.trainer.num_steps == 0:
+                        self.trainer.begin(rows_ND)
+                    record = self.trainer.step(rows_ND)
+                    step, is_last = record["step"], record["step"] == steps
+                    if step % LOG_EVERY == 0 or is_last:
+                        _log(record, log, bar)
+                    if (step % self.job.save_every == 0 or is_last) and self.rank == 0:
+                        self._save()
+                return True
+        except OSError as error:
+            raise UserError(f"{self.job.log} cannot be written ({error.strerror or error}): free some space.") from None
+
+    def finish(self) -> dict[str, float]:
+        """Measure on held-out windows, write FILE, and return what was measured. For rank 0, by itself. Raises
+        UserError where FILE cannot be written; the same command then measures again."""
+        job, teacher, settings = self.job, self.teacher, self.trainer.settings
+        held_out = list(_token_batches(self.valid_windows, self.valid_positions, teacher, self.device))
+        print(f"measuring on {sum(map(torch.Tensor.numel, held_out)):,} held-out tokens", flush=True)
+        sae = self.trainer.sae.requires_grad_(False)
+        report = measure_sae(sae, (teacher.hidden(tokens).flatten(0, 1) for tokens in held_out))
+        measured = asdict(report) | {
+            "dead_fraction_training": len(self.trainer.dead()) / settings.latents,
+            "dead_after_tokens": settings.dead_after_tokens,
+            **_teacher_losses(teacher, sae, held_out),
+        }
+        info = {
+            "teacher": Path(job.teacher).resolve().name,
+            "revision": local_folder(job.teacher).name if is_hub_name(job.teacher) else None,
+            "teacher_sha256": teacher.sha256,
+            "sae_layer": job.layer,
+            "location": job.location,
+            "context": teacher.context,
+            "tokenizer_sha256": self.train_windows.shards.tokenizer_sha256,
+            "training": asdict(settings) | {"processes": self.world},
+            "measured": measured,
+        }
+        try:
+            save_sae(sae, job.out, info)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"--out {job.out} cannot be written: {error}. Free some space and start it again."
+            ) from None
+        job.resume.unlink(missing_ok=True)
+        return measured
+
+    def _rows(self) -> Iterator[Tensor]:
+        """This rank's part of each batch, from the next step on."""
+        settings = self.trainer.settings
+        num_rows = settings.batch_rows // self.world
+
+        def read_block(block: int) -> Tensor:
+            """Windows one after the other over the ranks and the blocks."""
+            num_windows = math.ceil(settings.block_batches * num_rows / self.teacher.context)
+            first = (block * self.world + self.rank) * num_windows
+            positions = (self.positions[i % len(self.positions)] for i in range(first, first + num_windows))
+            batches = _token_batches(self.train_windows, positions, self.teacher, self.device)
+            rows_ND = torch.cat([self.teacher.hidden(tokens).flatten(0, 1).float() for tokens in batches])
+            return rows_ND[: settings.block_batches * num_rows]
+
+        seed = settings.seed * self.world + self.rank
+        return shuffled_batches(read_block, num_rows, settings.block_batches, seed, self.trainer.num_steps)
+
+    def _save(self) -> bool:
+        """Write FILE.resume; returns whether it could be. A disk that is full costs this save, not the run."""
+        path = self.job.resume
+        try:
+            with write_aside(path) as aside:
+                save_file(self.trainer.state(), aside, metadata={"identity": json.dumps(self.identity)})
+        except (OSError, SafetensorError) as error:
+            print(f"warning: {path} could not be written ({error})", flush=True)
+            return False
+        return True
+
+
+def _split(job: SAEJob, teacher: Teacher) -> tuple[TokenDataset, range, TokenDataset, range]:
+    """Training windows and held-out windows, each as a data set and the positions to read from it."""
+    train = _open_windows(job.data, teacher, job.seed)
+    wanted = math.ceil(HELD_OUT_TOKENS / teacher.context)
+    if job.valid:
+        valid = _open_windows(job.valid, teacher, None)
+        return train, range(train.num_windows), valid, range(min(wanted, valid.num_windows))
+    # The first epoch's order is random, so its last windows are a sample of the data; training repeats the others.
+    num_held_out = min(wanted, max(1, int(HELD_OUT_SHARE * train.num_windows)))
+    cut = train.num_windows - num_held_out
+    if cut == 0:
+        raise UserError(
+            f"--data {job.data} holds one window of {teacher.context} tokens: nothing is left to measure on."
+        )
+    return train, range(cut), train, range(cut, train.num_windows)
+
+
+def _open_windows(path: str, teacher: Teacher, seed: int | None) -> TokenDataset:
+    """Windows of the teacher's context, of ids that the teacher knows."""
+    shards = TokenShards.open(path)
+    if shards.vocab_size is not None and shards.vocab_size > teacher.vocab_size:
+        raise UserError(f"{path} has a vocabulary of {shards.vocab_size}, but the teacher's is {teacher.vocab_size}.")
+    return TokenDataset(shards, teacher.context, seed)
+
+
+def _check_tokenizer(job: SAEJob, teacher: Teacher, train: TokenDataset) -> None:
+    theirs, data = teacher_tokenizer(job.teacher), train.shards.tokenizer_sha256
+    if problems := tokenizer_mismatches(
+        (f"--teacher {job.teacher}", theirs and theirs.sha256), (f"--data {job.data}", data)
+    ):
+        raise UserError(*problems)
+
+
+def _choose_settings(job: SAEJob, teacher: Teacher) -> SAETraining:
+    num_tokens = job.steps * job.batch_rows
+    return SAETraining(
+        latents=job.latents,
+        k=job.k,
+        steps=job.steps,
+        batch_rows=job.batch_rows,
+        lr=default_lr(max(1, job.latents)) if job.lr is None else job.lr,
+        warmup_steps=job.steps // 20,
+        aux_k=default_aux_k(teacher.width),
+        dead_after_tokens=max(1, min(DEAD_AFTER_TOKENS, num_tokens // 10)),
+        resample_every=max(1, job.steps // 5) if job.resample_every is None else job.resample_every,
+        seed=job.seed,
+    )
+
+
+def _say(job: SAEJob, teacher: Teacher, settings: SAETraining) -> None:
+    """Everything that was not asked for is said aloud."""
+    resampled = (
+        f"every {settings.resample_every} steps the dead start again" if settings.resample_every else "none do again"
+    )
+    print(
+        f"{settings.latents:,} latents, {settings.k} kept, on {job.location} of block {job.layer} "
+        f"(width {teacher.width}), {settings.steps * settings.batch_rows:,} tokens in windows of {teacher.context}\n"
+        f"lr {settings.lr:.2g} after {settings.warmup_steps} steps; a latent is dead after "
+        f"{settings.dead_after_tokens:,} silent tokens; {settings.aux_k} dead latents a token learn from the error; "
+        f"{resampled}",
+        flush=True,
+    )
+
+
+def _token_batches(
+    dataset: TokenDataset, positions: Iterable[int], teacher: Teacher, device: torch.device
+) -> Iterator[Tensor]:
+    """Windows int64 [B, T] for one teacher forward at a time."""
+    positions = iter(positions)
+    while chunk := list(islice(positions, max(1, TOKENS_PER_FORWARD // dataset.context))):
+        tokens = dataset.batch(chunk)
+        check_token_ids(tokens, teacher.vocab_size, "the data")
+        yield torch.from_numpy(tokens).to(device)
+
+
+def _next(rows: Iterator[Tensor]) -> tuple[Tensor | None, UserError | None]:
+    """The next rows, or why there are none: the other ranks have to be told before this one may leave."""
+    try:
+        return next(rows), None
+    except UserError as error:
+        return None, error
+
+
+def _log(record: dict[str, Any], log: TextIO, bar: tqdm) -> None:
+    record = {key: value.item() if torch.is_tensor(value) else value for key, value in record.items()}
+    log.write(json.dumps(record) + "\n")
+    log.flush()
+    bar.update(record["step"] - bar.n)
+    bar.set_postfix_str(f"FVU {record['fvu']:.3f} L0 {record['l0']:.1f} dead {record['dead_fraction']:.1%}")
+
+
+def _forget_after(log: Path, num_steps: int) -> None:
+    """Take out the lines of steps that are done again."""
+    lines = [
+        line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= num_steps
+    ]
+    write_text(log, "".join(f"{line}\n" for line in lines))
+
+
+def _read_resume(path: Path, identity: dict) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            saved = json.loads(file.metadata()["identity"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it to begin again.") from None
+    changed = [
+        f"{key} {saved.get(key)} there, {identity[key]} here" for key in identity if saved.get(key) != identity[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{path} was begun otherwise ({'; '.join(changed)}): ask for the same, or delete it to begin again."
+        )
+    return tensors
+
+
+@torch.no_grad()
+def _teacher_losses(teacher: Teacher, sae: SAE, batches: list[Tensor]) -> dict[str, float]:
+    """Next-token loss of the teacher as it is, and with the residual replaced by its reconstruction and by zeros.
+
+    `loss_recovered` is the share of what zeros destroy that the reconstruction keeps.
+    """
+    sums = dict.fromkeys(("loss", "loss_reconstructed", "loss_zeroed"), 0.0)
+    for tokens_BT in batches:
+        hidden = teacher.hidden(tokens_BT)
+        for name, replace in zip(sums, (None, sae.reconstruct(hidden), torch.zeros_like(hidden)), strict=True):
+            sums[name] += teacher.loss(tokens_BT, replace).item() * len(tokens_BT)
+    num_windows = sum(map(len, batches))
+    losses = {name: total / num_windows for name, total in sums.items()}
+    destroyed = losses["loss_zeroed"] - losses["loss"]
+    kept = losses["loss_zeroed"] - losses["loss_reconstructed"]
+    return losses | {"loss_recovered": kept / destroyed if destroyed else math.nan}
+
+
+PANELS = (
+    ("fvu", "variance unexplained"),
+    ("l0", "active latents a token (L0)"),
+    ("dead_fraction", "dead latents"),
+)
+
+
+def plot_sae_training(log: Path, out: Path) -> None:
+    """Draw FILE.jsonl of tools/train_sae.py as a PNG of three panels; nothing where it holds no record (any more)."""
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if not records:
+        return
+    tokens = [record["tokens"] for record in records]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for index, (panel, (key, label)) in enumerate(zip(figure.subplots(1, 3), PANELS, strict=True)):
+        values = [record[key] for record in records]
+        panel.plot(tokens, values, color=f"C{index}", linewidth=1.8, marker="o" if len(values) < 3 else None)
+        panel.set_title(f"{label}: {values[-1]:.3g} at the end", fontsize=12, loc="left")
+        panel.set_xlabel("training tokens", fontsize=12)
+        panel.xaxis.set_major_formatter(EngFormatter())
+        panel.tick_params(labelsize=11)
+        panel.set_ylim(bottom=0)
+        panel.grid(color="0.9", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=120)

@@ -1,0 +1,99 @@
+"""What a run reads, opened and compared with its config."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megacocomix.checkpoint.external.source import Source
+from megacocomix.checkpoint.init_from import open_init
+from megacocomix.config.schema import Config
+from megacocomix.data.tokenizer import load_tokenizer, tokenizer_mismatches
+from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
+from megacocomix.errors import UserError
+from megacocomix.evaluation.harness import parse_tasks
+from megacocomix.teacher.labels import open_labeler, open_teacher
+from megacocomix.teacher.targets import TargetSource, open_targets
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads: its two splits, what it learns from a teacher (None where nothing), and the weights to begin
+    with (None where they are drawn)."""
+
+    train: TokenDataset
+    valid: TokenDataset
+    targets: TargetSource | None
+    vocab_size: int
+    """Tokens are below this: the smaller of the model's and the teacher's vocabulary."""
+    init: Source | None = None
+
+    def identity(self) -> dict[str, str]:
+        """Hashes of everything read, whatever it is called: a run goes on only on the same."""
+        found = {"data.train": self.train.shards.fingerprint, "data.valid": self.valid.shards.fingerprint}
+        if self.targets:
+            found |= self.targets.identity()
+        if self.init:
+            found["training.init_from"] = self.init.sha256
+        return found
+
+
+def open_inputs(config: Config, device: torch.device) -> Inputs:
+    """Open data, teacher and autoencoder and check that they fit the model. Raises one UserError with every problem."""
+    problems = []
+
+    def attempt(function, *arguments):
+        try:
+            return function(*arguments)
+        except UserError as error:
+            problems.extend(error.problems)
+
+    tokenizer = attempt(load_tokenizer, config.data.tokenizer)
+    splits = {}
+    for split, path, seed in (("train", config.data.train, config.training.seed), ("valid", config.data.valid, None)):
+        if (shards := attempt(TokenShards.open, path)) is not None:
+            problems.extend(_data_mismatches(f"data.{split} {path}", shards, tokenizer, config))
+            splits[split] = attempt(TokenDataset, shards, config.model.context, seed)
+    targets = None
+    if tokenizer and splits.get("train"):
+        targets = attempt(open_targets, config, device, tokenizer.eot_id, splits["train"])
+    elif config.method.learns_concepts:
+        attempt(open_labeler, config, device, 0)  # for what it has to say
+    elif config.method.has_teacher:
+        attempt(open_teacher, config, device)
+    limit = config.model.vocab_size
+    if targets and targets.vocab_size:
+        limit = min(limit, targets.vocab_size)
+        for split, dataset in splits.items():
+            if dataset and (dataset.shards.vocab_size or 0) > limit:
+                problems.append(
+                    f"data.{split} has a vocabulary of {dataset.shards.vocab_size}, but the teacher one of {limit}: "
+                    "both must be of one tokenizer."
+                )
+    init = attempt(open_init, config)
+    if config.evaluation.tasks:
+        attempt(parse_tasks, ",".join(config.evaluation.tasks), "evaluation.tasks")
+    if (folder := config.evaluation.tasks_data) and not Path(folder).is_dir():
+        problems.append(f"evaluation.tasks_data {folder} is no folder: make it with tools/fetch_eval_data.py --out.")
+    if splits.get("valid"):
+        attempt(_check_validation_tokens, splits["valid"], config, limit)
+    if problems:
+        raise UserError(*problems)
+    return Inputs(**splits, targets=targets, vocab_size=limit, init=init)
+
+
+def _data_mismatches(what: str, shards: TokenShards, tokenizer, config: Config):
+    vocab_size = config.model.vocab_size
+    if shards.vocab_size is not None and shards.vocab_size > vocab_size:
+        yield (
+            f"{what} was written with a vocabulary of {shards.vocab_size}, but model.vocab_size is {vocab_size}. "
+            f"Nearest valid: {shards.vocab_size}."
+        )
+    ours = f"data.tokenizer {config.data.tokenizer}", tokenizer and tokenizer.sha256
+    yield from tokenizer_mismatches(ours, (what, shards.tokenizer_sha256))
+
+
+def _check_validation_tokens(dataset: TokenDataset, config: Config, vocab_size: int) -> None:
+    num_windows = min(dataset.num_windows, config.evaluation.batches * config.training.global_batch)
+    for start in range(0, num_windows, 1024):
+        check_token_ids(dataset.batch(range(start, min(start + 1024, num_windows))), vocab_size, config.data.valid)

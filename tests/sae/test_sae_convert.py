@@ -1,0 +1,184 @@
+"""An autoencoder becomes ours when it fits the teacher, and is refused with where it would fit when it does not."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from external_saes import SAELENS_5, write_saelens, write_sparsify
+
+from megacocomix.data.tokenizer import load_tokenizer
+from megacocomix.errors import UserError
+from megacocomix.files import file_sha256
+from megacocomix.sae.convert import SAEConversion, convert_sae, export_saelens
+from megacocomix.sae.file import load_sae
+from megacocomix.sae.formats import read_external_sae
+from megacocomix.sae.formats import write_saelens as write_ours
+from megacocomix.sae.model import SAE, SAEForm
+from megacocomix.teacher.load import load_teacher
+from megacocomix.teacher.model import Teacher
+
+
+@pytest.fixture(scope="module")
+def shipped(root):
+    return load_sae(root / "assets/teacher/sae.safetensors")
+
+
+@pytest.fixture(scope="module")
+def source(shipped, tmp_path_factory):
+    """The shipped autoencoder as OpenAI would have saved it, in a folder that says resid_post_mlp of block 3."""
+    file = tmp_path_factory.mktemp("openai") / "resid_post_mlp_v5_32k/autoencoders/3.pt"
+    file.parent.mkdir(parents=True)
+    state = {
+        "pre_bias": shipped.pre_bias.data,
+        "encoder.weight": shipped.encoder.data,
+        "latent_bias": shipped.latent_bias.data,
+        "decoder.weight": shipped.decoder.data.T.contiguous(),
+        "activation": "TopK",
+        "activation_state_dict": {"k": 16, "postact_fn": "ReLU"},
+    }
+    torch.save(state, file)
+    return file
+
+
+@pytest.fixture
+def job(root, source, tmp_path):
+    return SAEConversion(
+        source=str(source),
+        out=tmp_path / "sae.safetensors",
+        teacher=str(root / "assets/teacher"),
+        text=str(root / "assets/corpus/wiki_vital.jsonl.gz"),
+        tokenizer=None,
+        layer=None,
+        location=None,
+        context=None,
+        center=False,
+        accept_fvu=None,
+    )
+
+
+def test_a_fitting_autoencoder_is_measured_and_recorded(root, job, shipped):
+    done = convert_sae(job)
+    assert set(done.fit) == {64, 256}
+    for report in done.fit.values():
+        assert report.fvu_standardized == pytest.approx(shipped.info["measured"]["fvu_standardized"], rel=0.3)
+        assert report.l0 == pytest.approx(16, abs=0.1)
+    sae = load_sae(job.out)
+    assert all(torch.equal(value, shipped.state_dict()[name]) for name, value in sae.state_dict().items())
+    assert (sae.info["sae_layer"], sae.info["location"], sae.info["context"]) == (3, "resid_post_mlp", 64)
+    assert sae.info["teacher_sha256"] == file_sha256(root / "assets/teacher/model.safetensors")
+    assert sae.info["tokenizer_sha256"] == shipped.info["tokenizer_sha256"]
+    assert sae.info["source"] == {"format": "openai", "file": "3.pt", "sha256": file_sha256(job.source)}
+    assert sae.info["measured"]["windows_of_256"]["fvu_standardized"] == done.fit[256].fvu_standardized
+
+
+def test_the_wrong_layer_is_refused_with_the_right_one_and_nothing_is_written(job):
+    with pytest.raises(UserError) as caught:
+        convert_sae(replace(job, layer=0))
+    (line,) = caught.value.problems
+    assert re.search(r"leaves \d\.\d+ of the variance unexplained on windows of \d+ tokens .most accepted: 0\.5.", line)
+    assert "it fits better, with 0.0" in line
+    assert "as --layer 3 --location resid_post_mlp" in line
+    assert not job.out.exists()
+
+
+def test_the_wrong_location_is_refused_and_accept_fvu_overrides(job):
+    wrong = replace(job, location="resid_delta_mlp")
+    with pytest.raises(UserError, match="--location resid_post_mlp"):
+        convert_sae(wrong)
+    fvu = convert_sae(replace(wrong, accept_fvu=100.0)).fit[256].fvu_standardized
+    assert fvu > 0.5
+    assert load_sae(job.out).info["location"] == "resid_delta_mlp"
+
+
+def test_an_autoencoder_of_centred_activations_is_found_out(job, tmp_path, monkeypatch):
+    """One that reads the residual without its mean, as TransformerLens shows it: the refusal says --center."""
+    shift, read = 30.0, Teacher.hidden  # a mean that matters: this teacher's own is small
+    monkeypatch.setattr(Teacher, "hidden", lambda teacher, tokens: read(teacher, tokens) + shift)
+    teacher = load_teacher(job.teacher, 3)
+    rows = teacher.hidden(torch.randint(4096, (24, 64), generator=torch.Generator().manual_seed(0))).flatten(0, 1)
+    centred = rows - rows.mean(-1, keepdim=True)
+    _, _, directions = torch.linalg.svd(centred - centred.mean(0), full_matrices=False)
+    sae = SAE(128, 192, SAEForm(k=96, normalization="none")).requires_grad_(False)
+    sae.encoder.copy_(torch.cat([directions[:96], -directions[:96]]))
+    sae.decoder.copy_(sae.encoder)
+    sae.pre_bias.copy_(centred.mean(0))
+    sae.info = {"sae_layer": 3, "location": "resid_post_mlp"}
+    write_ours(sae, tmp_path / "lens")
+    with pytest.raises(UserError, match=r"it fits better, with 0\.\d+, as --layer \d --location \w+ --center"):
+        convert_sae(replace(job, source=str(tmp_path / "lens")))
+    done = convert_sae(replace(job, source=str(tmp_path / "lens"), center=True))
+    assert done.sae.form.normalization == load_sae(job.out).form.normalization == "center"
+    with pytest.raises(UserError, match="--center is for an autoencoder that normalises nothing"):
+        convert_sae(replace(job, center=True, out=tmp_path / "other.safetensors"))
+
+
+def test_a_tokenizer_that_is_not_the_teachers_is_refused_with_both_hashes(job, shipped):
+    with pytest.raises(UserError) as caught:
+        convert_sae(replace(job, tokenizer="gpt2"))
+    (line,) = caught.value.problems
+    assert load_tokenizer("gpt2").sha256 in line
+    assert shipped.info["tokenizer_sha256"] in line
+
+
+def test_without_text_it_is_written_unmeasured(job):
+    done = convert_sae(replace(job, teacher=None, text=None))
+    assert done.fit == {}
+    assert "measured" not in load_sae(job.out).info
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "nowhere"}, "nowhere does not exist"),
+        ({"teacher": "nowhere"}, "nowhere does not exist"),
+        ({"teacher": None}, "give --teacher"),
+        ({"layer": 9}, r"layer 9 is not one of 0 … 5"),
+        ({"text": "nowhere.txt"}, r"nowhere\.txt does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line(job, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        convert_sae(replace(job, **changes))
+    assert len(caught.value.problems) == 1
+    assert not job.out.exists()
+
+
+def test_another_width_is_refused(job, tmp_path):
+    write_sparsify(tmp_path / "h.3")
+    with pytest.raises(UserError, match=r"reads width 24, but the teacher .* has width 128"):
+        convert_sae(replace(job, source=str(tmp_path / "h.3")))
+
+
+def test_what_does_not_say_where_it_belongs_asks(job, tmp_path):
+    write_saelens(tmp_path / "sae", {key: value for key, value in SAELENS_5.items() if key != "hook_name"})
+    with pytest.raises(UserError, match="give --layer and --location"):
+        convert_sae(replace(job, source=str(tmp_path / "sae")))
+
+
+def test_an_existing_file_is_never_overwritten(job):
+    job.out.write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        convert_sae(job)
+    assert job.out.read_text() == "mine"
+
+
+def test_ours_goes_out_to_saelens(root, shipped, tmp_path):
+    export_saelens(str(root / "assets/teacher/sae.safetensors"), tmp_path / "lens")
+    back = read_external_sae(tmp_path / "lens")
+    assert back.sae.form == shipped.form
+    assert all(torch.equal(value, shipped.state_dict()[name]) for name, value in back.sae.state_dict().items())
+
+
+def test_the_tool_prints_what_it_measured_and_refuses_with_one_line(root, job):
+    command = [sys.executable, root / "tools/convert_sae.py", job.source, "--out", job.out]
+    command += ["--teacher", job.teacher, "--text", job.text]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "windows of 64 tokens: variance unexplained 0.0" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert again.returncode == 2
+    assert again.stderr.splitlines() == [f"error: --out {job.out} exists already: choose another name or delete it."]
