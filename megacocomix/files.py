@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megacocomix.errors import UserError
+
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal; reads it in chunks."""
@@ -39,6 +41,25 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_absent(path: str | Path, option: str = "--out") -> None:
+    """Raises UserError where something exists that `option` would have to replace."""
+    if Path(path).exists():
+        raise UserError(f"{option} {path} exists already: choose another name or delete it.")
+
+
+def read_json(file: str | Path, format_: str, version: int, remedy: str) -> dict:
+    """The object in a JSON file of ours. Raises UserError where it is damaged, with `remedy`, or of another format or
+    version."""
+    try:
+        values = dict(json.loads(Path(file).read_bytes()))
+        found = values["format"], values["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is missing or damaged ({type(error).__name__}): {remedy}.") from None
+    if found != (format_, version):
+        raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {format_} version {version}.")
+    return values
 
 
 def write_text(file: str | Path, text: str) -> None:

@@ -9,9 +9,7 @@ from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
 
 log = logging.getLogger(__name__)
-
 CHECKPOINT_FILE = "checkpoint.json"
-
 CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "megacocomix-checkpoint", 1
 
 

@@ -32,20 +32,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
-
 END_OF_TEXT = "<|endoftext|>"
-
 GPT2_FOLDER = Path(__file__).parent / "gpt2"
-
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-
 # SentencePiece writes spaces as this character, so a text that really contains it needs care: it is spelled in
 # bytes (_encode_sentencepiece).
 SPACE_SYMBOL = "\u2581"
-
 # SentencePiece trains on text in memory: 4 M lines are a few GB, and more change a vocabulary little.
 MAX_TRAINING_LINES = 4_000_000
 

@@ -21,17 +21,11 @@ from megacocomix.errors import UserError
 from megacocomix.files import file_sha256, write_json
 
 FORMAT = "megacocomix-tokens"
-
 VERSION = 1
-
 MANIFEST = "manifest.json"
-
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-
 MEGATRON_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # its codes for the kinds that hold token ids
-
 MEBIBYTE = 2**20
 
 
@@ -317,7 +311,6 @@ def check_token_ids(tokens, vocab_size: int, source: str | Path) -> None:
 
 
 NUM_ROUNDS = 8  # four suffice for halves of many bits; small data sets have halves of few
-
 MASK = 2**64 - 1
 
 

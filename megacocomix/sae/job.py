@@ -35,18 +35,13 @@ from megacocomix.teacher.load import load_teacher, teacher_tokenizer
 from megacocomix.teacher.model import Teacher
 
 TOKENS_PER_FORWARD = 4096
-
 # What the autoencoder is measured on: enough that a latent in use is seldom called dead by chance.
 HELD_OUT_TOKENS = 2**17
-
 # Without --valid, this share of the windows is kept out of training.
 HELD_OUT_SHARE = 0.05
-
 # Of the 10 M tokens of Gao et al.; a shorter run needs its dead latents sooner.
 DEAD_AFTER_TOKENS = 10_000_000
-
 LOG_EVERY = 10
-
 MOST_BATCH_ROWS = 2**24
 
 

@@ -54,10 +54,8 @@ def seeded(*parts: object) -> torch.Generator:
 
 
 GRADIENT_CLIP = 1.0
-
 # The value of Gao et al.: Adam's usual 1e-8 would swallow the tiny gradients of latents that are seldom kept.
 ADAM_EPS = 6.25e-10
-
 DECAY_FRACTION = 0.2
 
 
