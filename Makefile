@@ -1,5 +1,7 @@
 # make demo     everything from nothing: set-up, data, a CoCoMix student and its control, a report (ten minutes on two cores)
-# make test     set-up and the test-suite
+# make check    style and the fast tests, for everyday work (two minutes on two cores)
+# make test     set-up and the test-suite (ten minutes on two cores)
+# make nightly  the full products of layouts, methods and resumptions
 # make lint     style
 # make bench    measure what docs/benchmarks.md shows, and write it there
 # make teacher  train the shipped teacher and autoencoder again, from nothing (about an hour on two cores)
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test lint bench teacher docs clean
+.PHONY: setup demo check test nightly lint bench teacher docs clean
 
 setup: $(VENV)/.installed
 
@@ -32,8 +34,14 @@ $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
 demo: setup
 	@bash launcher/demo.sh
 
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+nightly: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m nightly
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,9 +1,8 @@
-"""Concept labels the plain way, as the published recipe describes them: everything dense, gradients of everything,
-fp32.
+"""A plain implementation of the published labelling recipe: dense tensors, gradients of all weights, fp32.
 
-Written to measure against; nothing else uses it. Where the published code does more than the recipe asks (it keeps the
-graph of the encoder, and its teacher's gradients add up for ever), this does less. Its teacher's attention has no fused
-kernel; the model that comes in decides that here.
+Only for comparison; nothing else uses it. Where the published code does more than the recipe needs, this does less:
+the published code keeps the graph of the encoder and accumulates its teacher's gradients without end. The published
+teacher's attention has no fused kernel; here the given model decides that.
 """
 
 import torch
@@ -11,9 +10,9 @@ import torch.nn.functional as F
 
 
 def label_densely(lm, sae: dict[str, torch.Tensor], layer: int, k: int, num_labels: int, tokens_BT):
-    """Labels int64 [B, T, num_labels] of a transformers GPT-2 and an autoencoder in OpenAI's layout, on the output of
-    block `layer`."""
-    lm.zero_grad()  # the published code never does: its teacher's gradients add up for ever
+    """Labels int64 [B, T, num_labels] of tokens int64 [B, T], from a transformers GPT-2 and an autoencoder in OpenAI's
+    layout on the output of block `layer`."""
+    lm.zero_grad()  # the published code never calls this, so its teacher's gradients accumulate
     kept = []
     hook = lm.transformer.h[layer].register_forward_hook(lambda _, __, output: kept.append(output))
     logits_BTV = lm(tokens_BT, use_cache=False).logits

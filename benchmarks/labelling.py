@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Labels a second and peak memory: ours against the published recipe written plainly, on GPT-2 small and 32,768
-latents.
+"""Measure labelled tokens per second and peak memory: our labeller against a plain implementation of the published
+recipe, with GPT-2 small and 32,768 latents.
 
     python benchmarks/labelling.py --write docs/benchmarks.md
 
-Weights are random: neither speed nor memory depends on them. Each row is a process of its own, so that its peak is its
-own; the two recipes take turns, because a machine's speed drifts. On a GPU the memory is the GPU's, and a bf16 row is
-added."""
+Weights are random, because neither speed nor memory depends on them. Every measurement runs in its own process, so that
+its peak memory is its own. The recipes alternate, because the speed of a machine drifts. On a GPU the memory is that of
+the GPU."""
 
 import argparse
 import json
@@ -20,24 +20,27 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+from dense_recipe import label_densely
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(ROOT))
 
 LAYERS, WIDTH, HEADS, CONTEXT, VOCAB, LATENTS, KEPT, LABELS, SAE_LAYER = 12, 768, 12, 1024, 50257, 32768, 32, 4, 5
 BEGIN, END = "<!-- labelling: written by benchmarks/labelling.py -->", "<!-- end of labelling -->"
 
 
 def main() -> None:
-    """Measure every row, print the table, and write it into a page where one is named."""
+    """Measure every row, print the table, and write it into a page if --write names one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--batch", type=int, default=4, metavar="B", help="windows of 1,024 tokens (default %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes a row (default %(default)s)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="page whose table is replaced")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="processes per row (default %(default)s)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="page in which the table is replaced")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--labels", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args()  # --row and --labels are for the processes started below
     if options.row:
         print(json.dumps(measure(options.row, options.batch, options.labels)))
         return
@@ -63,8 +66,7 @@ def main() -> None:
 
 
 def measure(row: str, batch: int, labels: Path) -> dict:
-    """Seconds of labelling a batch (the second of two), and the process's peak memory in GiB."""
-    import torch
+    """Seconds to label a batch (the second of two batches), and the process's peak memory in GiB."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,34 +92,27 @@ def measure(row: str, batch: int, labels: Path) -> dict:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)
     torch.save(found.cpu(), labels)
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     return {"seconds": seconds[-1], "gib": peak / 2**30, "tokens": batch * CONTEXT}
 
 
 def dense(lm, sae: dict, device: str):
-    """The published recipe, plainly."""
-    from dense_recipe import label_densely
-
+    """The plain implementation of the published recipe."""
     lm, sae = lm.to(device), {name: value.to(device) for name, value in sae.items()}
     return lambda tokens_BT: label_densely(lm, sae, SAE_LAYER, KEPT, LABELS, tokens_BT)
 
 
 def ours(lm, sae: dict, device: str, row: str):
-    """What training and tools/label_concepts.py run."""
-    import torch
-
+    """The labeller that training and tools/label_concepts.py use."""
     from megacocomix.checkpoint.hf_names import load_hf_weights
     from megacocomix.config.schema import ModelConfig
     from megacocomix.model.gpt2 import GPT2
     from megacocomix.sae.formats import from_openai
     from megacocomix.sae.model import SAEForm
     from megacocomix.teacher.labels import ConceptLabeler, LabelSettings
-    from megacocomix.teacher.load import gpt2_teacher
-    from megacocomix.teacher.model import Teacher
+    from megacocomix.teacher.model import Teacher, gpt2_teacher
 
     shape = ModelConfig(
         num_layers=LAYERS, hidden_size=WIDTH, num_heads=HEADS, context=CONTEXT, vocab_size=VOCAB, dropout=0.0
@@ -131,7 +126,7 @@ def ours(lm, sae: dict, device: str, row: str):
         sign="positive",
         mask_unlabelled=True,
         masked_token=None,
-        piece=CONTEXT,
+        chunk=CONTEXT,
         seed=None,
         sae_layer=SAE_LAYER,
         location="resid_post_mlp",
@@ -141,18 +136,14 @@ def ours(lm, sae: dict, device: str, row: str):
 
 
 def agree(one: Path, other: Path) -> float:
-    """Share of labelled positions whose label sets are equal."""
-    import torch
-
+    """The share of labelled positions at which both files have the same set of labels."""
     first, second = (torch.load(path, weights_only=True) for path in (one, other))
     is_labelled = second[..., 0] >= 0
     return (first.sort(-1).values == second.sort(-1).values).all(-1)[is_labelled].float().mean().item()
 
 
 def render(found: dict[str, list[dict]], agreement: dict[str, float], batch: int) -> str:
-    """The table, medians over the rounds, and the machine it was made on."""
-    import torch
-
+    """The table with medians over the rounds, and the machine that it was measured on."""
     names = {
         "dense": "the recipe, plainly: dense, every gradient, fp32",
         "dense-fused": "the same with a fused attention kernel",
@@ -178,9 +169,7 @@ def render(found: dict[str, list[dict]], agreement: dict[str, float], batch: int
 
 
 def machine() -> str:
-    """What this ran on, in words."""
-    import torch
-
+    """A description of this machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = next(

@@ -17,7 +17,7 @@ pretrain run="$out/cocomix"
 say "3/5 pretraining the next-token control of equal activated parameters, on the same tokens"
 pretrain run="$out/ntp" method.name=ntp
 say "4/5 evaluating both on all held-out text"
-python tools/evaluate.py "$out/cocomix"
-python tools/evaluate.py "$out/ntp"
+python tools/evaluate.py perplexity "$out/cocomix"
+python tools/evaluate.py perplexity "$out/ntp"
 say "5/5 comparing"
 python tools/compare_runs.py "$out/ntp" "$out/cocomix" --out "$out" --force

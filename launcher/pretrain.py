@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 8 launcher/pretrain.py --config configs/386m.yaml training.micro_batch=16
     python launcher/pretrain.py --config configs/tiny.yaml method.name=ntp run=runs/control
 
-Exit codes: 0 finished, 2 a mistake in the config or its files, 75 stopped on a signal after saving, 1 anything else.
-torchrun turns any of the last three into 1; under deepspeed, send the signal to the processes of pretrain.py.
+Exit codes: 0 finished, 2 an error in the config or its files, 75 saved and stopped on a signal, 1 any other error.
+torchrun turns 2 and 75 into 1. Under deepspeed, send the signal to the processes of pretrain.py.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# Before torch is imported: several processes on one host would each take every core. deepspeed and torchrun name
-# their number differently.
+# Before torch is imported: otherwise each of several processes on one host would use every core. torchrun gives their
+# number in LOCAL_WORLD_SIZE, deepspeed in LOCAL_SIZE.
 processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 from megacocomix.config.load import load_config  # noqa: E402
@@ -24,10 +24,10 @@ from megacocomix.errors import EXIT_USER, UserError, print_errors, run_cli  # no
 
 
 def main() -> None:
-    """Parse the command line, train, exit with the code."""
+    """Parse the command line, train, exit with the run's code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML recipe, such as configs/tiny.yaml")
-    # deepspeed passes it; the environment says the same.
+    # deepspeed passes it. LOCAL_RANK in the environment has the same value.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change an option of the recipe")
     options = parser.parse_intermixed_args()
@@ -36,7 +36,7 @@ def main() -> None:
     from megacocomix.config.rules import check_config
     from megacocomix.parallel.runtime import start_runtime, stop_runtime
 
-    # Before the processes meet, which takes its time and may fail for another reason.
+    # Before the processes connect, which takes time and may fail for other reasons.
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
     runtime = start_runtime()
     from megacocomix.training.trainer import train
@@ -48,8 +48,8 @@ def main() -> None:
             print_errors(error)
         code = EXIT_USER
     stop_runtime()
-    # All is written and closed. Threads of the native libraries race with the interpreter's own end, which under load
-    # was seen to abort a process whose run had finished.
+    # All files are written and closed. Skip the interpreter's shutdown: under load, its race with threads of the native
+    # libraries has aborted a process whose run had finished.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

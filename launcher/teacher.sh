@@ -19,7 +19,7 @@ say "3/5 pretraining the teacher"
 deepspeed --log_level error --num_accelerators "$processes" launcher/pretrain.py --config configs/teacher.yaml
 say "4/5 exporting it"
 python tools/convert_checkpoint.py runs/teacher --out "$out" --to hf
-python tools/evaluate.py "$out" --data data/teacher/valid
+python tools/evaluate.py perplexity "$out" --data data/teacher/valid
 say "5/5 training its autoencoder"
 python tools/train_sae.py --teacher "$out" --data data/teacher/train --valid data/teacher/valid \
   --layer 3 --latents 2048 --k 16 --steps 2000 --batch-rows 2048 --lr 1e-3 --out "$out/sae.safetensors"

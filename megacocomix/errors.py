@@ -1,4 +1,4 @@
-"""How a user's mistake leaves the program: one line a problem on stderr, exit code 2, no traceback."""
+"""Errors that a user can fix: one line per problem on stderr, exit code 2, no traceback."""
 
 import difflib
 import errno
@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USER = 2
-EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: stopped on a signal after saving, start me again
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped on a signal, to be started again
 
 
 class UserError(ValueError):
-    """Something the user can mend. `problems` are lines that each say what, where and the nearest valid value."""
+    """An error that the user can fix. Each line of `problems` gives the error, its place and the nearest valid
+    value."""
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
@@ -21,28 +22,28 @@ class UserError(ValueError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """' Did you mean X?' for the closest of `valid`, else ' Valid: a b c.'; appended to an error line."""
+    """' Did you mean X?' for the closest of `valid`, else ' Valid: a b c.', to append to an error line."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else f" Valid: {' '.join(valid)}."
 
 
 def print_errors(error: UserError) -> None:
-    """Print a line a problem on stderr."""
+    """Print one line per problem on stderr."""
     print("\n".join(f"error: {line}" for line in error.problems), file=sys.stderr, flush=True)
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a command line's `main` and exit with its code; a UserError becomes its lines on stderr and exit 2, and so
-    does a file that cannot be read or written."""
+    """Run a command line's `main` and exit with its code. A UserError, or a file that cannot be read or written, is
+    printed on stderr and exits with 2."""
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, such as head, has left
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
     except UserError as error:
-        # Before the ranks of a job have met, each knows only of itself; usually all meet the same mistake.
+        # The ranks of a job may not be connected yet. Usually all of them have the same error, so only rank 0 prints.
         if os.environ.get("RANK", "0") == "0":
             print_errors(error)
         code = EXIT_USER

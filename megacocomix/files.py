@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their hashes."""
+"""Files that are written whole or not at all, and their hashes."""
 
 import hashlib
 import json
@@ -12,20 +12,20 @@ from megacocomix.errors import UserError
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal; reads it in chunks."""
+    """SHA-256 of a file's content, in hexadecimal. It reads the file in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def write_aside(path: str | Path) -> Iterator[Path]:
-    """Yields where to write a file, or make a folder, that takes the name `path` when the block ends. Where the block
-    raises, nothing is left of it and what was at `path` before stays: a full disk or a kill costs nothing. The parent
-    folder is made; a folder must not exist at `path` yet."""
+    """Yields a temporary path for a file or folder. It is renamed to `path` when the block ends. If the block raises,
+    the temporary file is removed and `path` stays as it was, so a full disk or a kill loses nothing. The parent folder
+    is made. If the block makes a folder, `path` must not exist yet."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
-    _remove(aside)  # of a process that was killed
+    _remove(aside)  # left by a process that was killed
     try:
         yield aside
         if aside.is_file():
@@ -44,21 +44,21 @@ def _remove(path: Path) -> None:
 
 
 def check_absent(path: str | Path, option: str = "--out") -> None:
-    """Raises UserError where something exists that `option` would have to replace."""
+    """Raises UserError if `path`, which `option` names, exists already."""
     if Path(path).exists():
         raise UserError(f"{option} {path} exists already: choose another name or delete it.")
 
 
 def read_json(file: str | Path, format_: str, version: int, remedy: str) -> dict:
-    """The object in a JSON file of ours. Raises UserError where it is damaged, with `remedy`, or of another format or
-    version."""
+    """The object in a native JSON file. Raises UserError if the file is damaged (the message ends with `remedy`) or has
+    another format or version."""
     try:
         values = dict(json.loads(Path(file).read_bytes()))
         found = values["format"], values["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is missing or damaged ({type(error).__name__}): {remedy}.") from None
     if found != (format_, version):
-        raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {format_} version {version}.")
+        raise UserError(f"{file} has format {found[0]} version {found[1]}, not {format_} version {version}.")
     return values
 
 

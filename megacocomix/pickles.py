@@ -1,8 +1,8 @@
-"""Files of torch.save → their content, without ever running what a pickle asks to run.
+"""Read files of torch.save without running any code that their pickles ask for.
 
-torch's weights-only unpickler builds tensors and plain containers; any other class must be on a list. What Megatron-LM
-keeps beside its weights is let in as follows: argparse.Namespace and numpy's array constructors as themselves,
-Megatron's and DeepSpeed's own classes (enumerations, loss scalers) as inert stand-ins, of which nothing is ever called.
+torch's weights-only unpickler builds tensors and plain containers. Any other class must be on a list. Megatron-LM keeps
+more than weights in its files: argparse.Namespace and numpy's array constructors are allowed as they are; Megatron's
+and DeepSpeed's own classes (enumerations, loss scalers) are replaced by inert stand-ins that do nothing.
 """
 
 import argparse
@@ -23,20 +23,17 @@ NUMBERS = np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"
 
 
 class Inert:
-    """In the place of a class of another package: takes anything and does nothing."""
-
-    def __new__(cls, *arguments):  # noqa: D102
-        return super().__new__(cls)
+    """Stands in for a class of another package: it accepts any arguments and does nothing."""
 
     def __init__(self, *arguments):
-        self.arguments = arguments
+        pass
 
 
 @contextmanager
 def allow_list(path: Path, *classes: type) -> Iterator[None]:
-    """Within it torch.load(path, weights_only=True) reads what the module's docstring names, and `classes`.
+    """Within this context torch.load(path, weights_only=True) accepts `classes` and those in the module's docstring.
 
-    Raises UserError where the file wants more than that, or cannot be read.
+    Raises UserError if the file needs any other class, or cannot be read.
     """
     allowed = [*classes, argparse.Namespace, np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in NUMBERS}]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
@@ -56,20 +53,20 @@ def allow_list(path: Path, *classes: type) -> Iterator[None]:
 def _unknown_globals(path: Path) -> list[str]:
     try:
         if not _is_zip(path):
-            return []  # torch's older format cannot be looked into; its unpickler refuses what is not allowed
+            return []  # torch's older format cannot be listed; its unpickler refuses classes that are not allowed
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except (ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, AssertionError) as error:
         raise _damaged(path, error) from None
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether it begins as a zip does; one that was cut short still does."""
+    """Whether the file begins as a zip file. A truncated one still does."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def load_pickle(path: Path) -> dict:
-    """The content of a file of torch.save. Tensors stay on disk until they are used, where the format allows that."""
+    """The content of a file of torch.save. If the format allows it, tensors stay on disk until they are used."""
     if not path.is_file():
         raise UserError(f"{path} does not exist.")
     with allow_list(path):
@@ -87,7 +84,7 @@ def load_pickle(path: Path) -> dict:
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Make every torch.load in it load weights only, also where the caller asks otherwise."""
+    """Within this context every torch.load loads weights only, even if its caller asks otherwise."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

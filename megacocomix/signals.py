@@ -1,4 +1,4 @@
-"""Signals that ask a job to stop: noted, and obeyed where stopping loses nothing."""
+"""Signals that ask a job to stop. They are recorded, and the job stops at the next point where it loses nothing."""
 
 import signal
 
@@ -6,7 +6,7 @@ NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignal:
-    """True once one of `numbers` has come, while it is entered; other handlers are put back on leaving."""
+    """A context that is true once one of the signals `numbers` has arrived. On exit it restores the old handlers."""
 
     def __init__(self, numbers: tuple[int, ...] = NUMBERS):
         self.numbers, self._received = numbers, False

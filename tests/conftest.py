@@ -21,6 +21,15 @@ def pytest_addoption(parser):
     parser.addoption("--write-layouts", action="store_true", help="write the table of docs/parallelism.md anew")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Nightly cases run where -m asks for them, and all layouts where their table is written."""
+    if "nightly" in config.option.markexpr or config.getoption("--write-layouts"):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    items[:] = [item for item in items if item not in set(nightly)]
+    config.hook.pytest_deselected(items=nightly)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""Folders as other programs write them, made from a model of ours or from the golden student."""
+"""Makes folders as other programs write them, from a random model or from the golden student."""
 
 import json
 from argparse import Namespace
@@ -13,7 +13,7 @@ import tiny
 
 
 def published_folder(folder, golden, config_yaml=True):
-    """The golden student as the published code's save_pretrained leaves it; returns (inputs, logits)."""
+    """The golden student as the published code's save_pretrained writes it. Returns (inputs, logits)."""
     with safe_open(golden, "pt") as file:
         case = json.loads(file.metadata()["case"])
     tensors = load_file(golden)
@@ -38,7 +38,7 @@ def published_folder(folder, golden, config_yaml=True):
 
 
 def huggingface_model(seed=0):
-    """A random GPT2LMHeadModel of the tiny sizes, its biases and norms random too."""
+    """A GPT2LMHeadModel of the tiny sizes. All parameters are random, biases and norms too."""
     torch.manual_seed(seed)
     shape = tiny.SHAPE
     config = GPT2Config(
@@ -56,10 +56,11 @@ def huggingface_model(seed=0):
 
 
 def megatron_folder(folder, model, version, tensor, padded=128, arguments=None, transformer="encoder"):
-    """A Hugging Face model as Megatron-LM's legacy layout, `tensor` ranks. Row orders are written out here anew."""
+    """Write a Hugging Face model in Megatron-LM's legacy layout, for `tensor` ranks. The row orders are implemented a
+    second time here."""
     state, config = model.transformer.state_dict(), model.config
     heads, size = config.n_head, config.n_embd // config.n_head
-    words = torch.cat((state["wte.weight"], torch.randn(padded - config.vocab_size, config.n_embd)))
+    tokens = torch.cat((state["wte.weight"], torch.randn(padded - config.vocab_size, config.n_embd)))
     for rank in range(tensor):
         mine = range(rank * heads // tensor, (rank + 1) * heads // tensor)
 
@@ -97,7 +98,7 @@ def megatron_folder(folder, model, version, tensor, padded=128, arguments=None, 
             }
         layers |= {"final_layernorm.weight": state["ln_f.weight"], "final_layernorm.bias": state["ln_f.bias"]}
         embedding = {
-            "word_embeddings": {"weight": words.chunk(tensor)[rank].clone()},
+            "word_embeddings": {"weight": tokens.chunk(tensor)[rank].clone()},
             "position_embeddings": {"weight": state["wpe.weight"].clone()},
         }
         content = {

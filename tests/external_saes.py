@@ -1,5 +1,5 @@
-"""Autoencoders as other projects write them, from their own key layouts, and what each project computes with them:
-dense, in fp64, written from the formats' formulas and not from our code."""
+"""Autoencoders in the formats of other projects, and each project's computation with them: dense, in fp64, written from
+the formats' formulas and not from our code."""
 
 import json
 from collections import OrderedDict
@@ -15,15 +15,19 @@ def tensors(shapes, seed=0):
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def write_openai(path, activation="TopK", changes=()):
-    """A state dict of theirs; statistics, activation and its state beside the weights."""
+def openai_weights():
     shapes = {
         "pre_bias": (WIDTH,),
         "encoder.weight": (LATENTS, WIDTH),
         "latent_bias": (LATENTS,),
         "decoder.weight": (WIDTH, LATENTS),
     }
-    state = OrderedDict(tensors(shapes))
+    return tensors(shapes)
+
+
+def write_openai(path, activation="TopK", changes=()):
+    """A state dict of theirs, with statistics, the activation and its settings beside the weights."""
+    state = OrderedDict(openai_weights())
     state["stats_last_nonzero"] = torch.zeros(LATENTS, dtype=torch.int64)
     if activation == "TopK":
         state["latents_activation_frequency"] = torch.ones(LATENTS)
@@ -171,6 +175,6 @@ def sparsify_dense(weights, x):
 
 
 def keep_largest(dense, k):
-    """All but the k largest of the last dim set to 0."""
+    """Set all but the k largest of the last dim to 0."""
     top = dense.topk(k, dim=-1)
     return torch.zeros_like(dense).scatter(-1, top.indices, top.values)

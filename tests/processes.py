@@ -1,18 +1,42 @@
-"""Run a function on several gloo ranks: `run_processes(2, function, arg)` → its return values by rank.
+"""Run a function on several gloo ranks: `run_processes(2, function, arg)` → its return values by rank. The function
+must be defined at the top of a test module. Output comes with the rank before each line; a rank that fails or hangs
+ends the others, and its traceback is the error.
 
-The function must be defined at the top of a test module. Output comes with the rank before each line; a rank that fails
-or hangs ends the others, and its traceback is the error.
+Run a command of tools/ or launcher/: `run_tool("tools/evaluate.py perplexity runs/tiny", folder)` → exit code and
+output.
+
+Both fork from a server that has imported everything: starting an interpreter for each would take most of the suite's
+time.
 """
 
+import functools
 import io
 import multiprocessing
 import os
 import queue
+import runpy
+import shlex
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from multiprocessing.reduction import DupFd
+from pathlib import Path
+
+PRELOADED = [
+    "deepspeed",
+    "megacocomix.training.trainer",
+    "megacocomix.hf.open",
+    "megacocomix.compare.report",
+    "megacocomix.interpret.server",
+    "datasets",
+    # What DeepSpeed and torch import when the first optimizer is built: seconds of every process.
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
 
 
 class _Tagged(io.TextIOBase):
@@ -69,11 +93,40 @@ def run_processes(world, function, *arguments, timeout=600):
     return [outcomes[rank] for rank in range(world)]
 
 
+def run_tool(command, folder, timeout=400):
+    """Run `command` (a string, or a list of its words) in `folder`, where its script is found, as its own process that
+    was forked and not started. Returns a subprocess.CompletedProcess with its output as text."""
+    words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    with tempfile.TemporaryDirectory() as outputs:
+        files = [Path(outputs) / name for name in ("out", "err")]
+        process = _context().Process(
+            target=_be_tool, args=(words, str(folder), files)
+        )  # no daemon: it may have children
+        process.start()
+        try:
+            process.join(timeout)
+        finally:
+            is_late = process.is_alive()
+            process.kill()
+            process.join()
+        if is_late:
+            raise AssertionError(f"{command} did not end within {timeout} s")
+        return subprocess.CompletedProcess(words, process.exitcode, *(file.read_text() for file in files))
+
+
+def _be_tool(words, folder, files):
+    os.chdir(folder)
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+@functools.cache
 def _context():
-    """Ranks are forked from a server that has imported what they all need and started nothing: importing torch and
-    DeepSpeed in each of them would take most of the suite's time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspeed", "megacocomix.training.trainer"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from megacocomix.config.load import load_config
 from megacocomix.config.rules import check_config
+from processes import run_tool
 
 # The README's runs, cut short.
 SHORT = "training.steps=3 training.global_batch=4 training.micro_batch=2 optimizer.warmup_steps=1 evaluation.batches=1"
@@ -33,7 +34,7 @@ def checkout(tmp_path_factory, root):
 
 
 def run(command, folder, timeout=400):
-    """Its exit code, standard output and standard error."""
+    """Started as it is typed; what `run_tool` returns."""
     process = subprocess.Popen(
         command if isinstance(command, list) else shlex.split(command),
         cwd=folder,
@@ -48,7 +49,7 @@ def run(command, folder, timeout=400):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         raise
-    return process.returncode, out, err
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def readme_commands(root):
@@ -73,14 +74,17 @@ def test_every_readme_command_runs(checkout, root):
         elif "sweep.py" in command:  # an hour
             command = f"{command} --dry-run"
         # Two need the network, one serves until it is stopped (tests/interpret/test_server.py stops it).
-        elif any(word in command for word in ("fetch_eval_data", "--tasks", "serve.py")):
+        elif any(word in command for word in ("fetch_eval_data", "evaluate.py tasks", "serve.py")):
             command = f"{command} --help"
         elif "pretrain.py" in command:
             command = f"{command} {SHORT}"
+        if "train_sae.py" in command:
+            command = command.replace("--steps 100", "--steps 5")
         if "data/labels" in command:  # fewer windows to label, for both who write and read them
             command = f"{command} data.train=data/wiki/valid"
-        code, out, err = run(command, checkout)
-        assert code == 0, f"{command}\n{out[-3000:]}\n{err[-3000:]}"
+        is_tool = program == "python" and "pretrain.py" not in command  # the others are started as they are typed
+        done = run_tool(command.split(maxsplit=1)[1], checkout) if is_tool else run(command, checkout)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert (checkout / "runs/comparison/comparison.md").exists()
     assert list(checkout.glob("runs/tiny/evals/step-00000003-*.json"))
 
@@ -96,7 +100,7 @@ MISTAKES = {
     "no recipe": ("launcher/pretrain.py --config configs/none.yaml", "configs/none.yaml cannot be read"),
     "unknown option": ("launcher/pretrain.py --config configs/tiny.yaml training.step=3", "Did you mean steps?"),
     "no data": ("launcher/pretrain.py --config configs/tiny.yaml data.train=nowhere run=runs/no-data", "nowhere"),
-    "no run": ("tools/evaluate.py runs/none", "runs/none"),
+    "no run": ("tools/evaluate.py perplexity runs/none", "runs/none"),
     "nothing to compare": ("tools/compare_runs.py assets --out runs/x", "assets"),
     "no text": ("tools/prepare_data.py none.txt --out data/x --tokenizer gpt2", "none.txt"),
     "no teacher": (
@@ -115,29 +119,33 @@ MISTAKES = {
     "no concepts": ("tools/generate.py assets/teacher --prompt x --steer 3=8", "assets/teacher predicts no concepts"),
     "nothing to inspect": ("tools/inspect_concepts.py assets/teacher --text README.md", "predicts no concepts"),
     "nothing to serve": ("tools/serve.py assets/teacher --text README.md", "predicts no concepts"),
-    "a curve of nothing": ("tools/evaluate.py assets/teacher --steering", "predicts no concepts"),
+    "a curve of nothing": ("tools/evaluate.py steering assets/teacher", "predicts no concepts"),
+    "an old name": (
+        "launcher/pretrain.py --config configs/tiny.yaml parallel.gather=per_step",
+        "parallel.gather is now parallel.reshard_after_forward (per_step is now false, per_microbatch is now true)",
+    ),
+    "nothing to upgrade": ("tools/upgrade_config.py assets", "no config.yaml and no checkpoint.json"),
     "nothing to convert": ("tools/convert_checkpoint.py assets --out x --to hf", "holds no model"),
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_clear_line_and_exit_2(checkout, mistake):
     command, what = MISTAKES[mistake]
-    code, _, err = run(f"{sys.executable} {command}", checkout)
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 2, err
-    assert any(what in line for line in lines), err
-    assert "Traceback" not in err
+    done = run_tool(command, checkout)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, done.stderr
+    assert any(what in line for line in lines), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun --nproc-per-node 2", "deepspeed --num_accelerators 2"])
 def test_a_mistake_is_said_once_by_a_job_of_several_processes(checkout, launcher):
     command = f"{launcher} launcher/pretrain.py --config configs/tiny.yaml data.valid=nowhere run=runs/no-valid"
-    code, out, err = run(command, checkout)
-    assert code != 0
-    assert (out + err).count("error: nowhere") == 1
+    done = run(command, checkout)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("error: nowhere") == 1
     assert not (checkout / "runs/no-valid").exists()
 
 
@@ -145,11 +153,11 @@ def test_a_mistake_is_said_once_by_a_job_of_several_processes(checkout, launcher
 def test_a_finished_run_started_again_changes_nothing(checkout):
     if not (checkout / "data/wiki").exists():
         prepare = next(line for line in readme_commands(checkout) if "prepare_data" in line)
-        assert run(prepare, checkout)[0] == 0
-    command = f"{sys.executable} launcher/pretrain.py --config configs/tiny.yaml run=runs/again method.name=ntp {SHORT}"
-    assert run(command, checkout)[0] == 0
+        assert run_tool(prepare.split(maxsplit=1)[1], checkout).returncode == 0
+    command = f"launcher/pretrain.py --config configs/tiny.yaml run=runs/again method.name=ntp {SHORT}"
+    assert run_tool(command, checkout).returncode == 0
     before = (checkout / "runs/again/metrics.jsonl").read_text()
-    code, out, _ = run(command, checkout)
-    assert code == 0
-    assert "finished already" in out
+    done = run_tool(command, checkout)
+    assert done.returncode == 0
+    assert "finished already" in done.stdout
     assert (checkout / "runs/again/metrics.jsonl").read_text() == before

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 FLOORS = [
-    {"errors", "files", "hub", "pickles"},
+    {"errors", "files", "hub", "pickles", "signals"},
     {"config"},
     {"model", "data"},
     {"parallel"},
@@ -89,6 +89,7 @@ def test_the_options_page_is_current(root, tmp_path):
         "docs/evaluation.md",
         "docs/methods.md",
         "docs/parallelism.md",
+        "docs/runs.md",
         "docs/teachers.md",
         "docs/benchmarks.md",
         "assets/teacher/README.md",

@@ -19,8 +19,7 @@ from megacocomix.parallel.stage import MicroBatch, StageModule
 from megacocomix.sae.formats import from_openai
 from megacocomix.sae.model import SAEForm
 from megacocomix.teacher.attribution import attribute, select_labels
-from megacocomix.teacher.load import gpt2_teacher
-from megacocomix.teacher.model import Teacher
+from megacocomix.teacher.model import Teacher, gpt2_teacher
 from megacocomix.training.optimizer import build_optimizer, set_learning_rate
 
 LOSS_TOLERANCE = 1e-6  # relative

@@ -1,4 +1,4 @@
-"""Names on Hugging Face's hub, against a server that speaks its protocol and breaks off in the middle of a file."""
+"""Names on Hugging Face's hub. A fake server speaks its protocol and breaks one download off in the middle."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from megacocomix.hub import is_hub_name, local_folder
 COMMIT = "a" * 40
 FILES = {
     "config.json": b'{"model_type": "gpt2"}',
-    "model.safetensors": bytes(range(256)) * 2**17,  # 32 MiB: the client keeps what it has in pieces of 10
+    "model.safetensors": bytes(range(256)) * 2**17,  # 32 MiB: an interrupted client keeps multiples of 10 MiB
     "pytorch_model.bin": b"a pickle",
     "modeling.py": b"code",
     "layers.3/cfg.json": b"{}",
@@ -27,7 +27,7 @@ FILES = {
 
 @pytest.fixture
 def hub():
-    """Its address, and the requests it got: (method, file, where the range began)."""
+    """The server's address, and the requests that it got: (method, file, start of the range)."""
     requests, broken = [], []
 
     class Handler(BaseHTTPRequestHandler):
@@ -93,11 +93,11 @@ def ask(address, home, expression):
     return done.stdout.strip()
 
 
-def test_a_download_that_broke_off_goes_on_where_it_stopped_and_brings_no_pickle_or_code(hub, tmp_path):
+def test_an_interrupted_download_resumes_and_brings_no_pickle_or_code(hub, tmp_path):
     address, requests = hub
     before = ask(address, tmp_path, "local_folder('team/model')")
-    assert before.startswith("refused: team/model is no folder here")
-    assert not requests  # only the one that may download asks
+    assert before.startswith("refused: team/model is not a folder on this machine")
+    assert not requests  # without `download` the hub is never asked
     folder = ask(address, tmp_path, "local_folder('team/model', download=True)")
     found = {str(file.relative_to(folder)) for file in map(type(tmp_path), _walk(folder))}
     assert found == {name for name in FILES if name.endswith((".json", ".safetensors"))}
@@ -119,9 +119,9 @@ def test_one_folder_of_a_repository_is_enough(hub, tmp_path):
 
 
 def test_without_a_network_it_is_one_line(tmp_path):
-    said = ask("http://127.0.0.1:9", tmp_path, "local_folder('team/model', download=True)")
-    assert said.startswith("refused: team/model is no folder here, and cannot be had")
-    assert len(said.splitlines()) == 1
+    printed = ask("http://127.0.0.1:9", tmp_path, "local_folder('team/model', download=True)")
+    assert printed.startswith("refused: team/model is not a folder on this machine, and cannot be read")
+    assert len(printed.splitlines()) == 1
 
 
 def test_what_is_here_is_never_looked_for_elsewhere(tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_what_is_here_is_never_looked_for_elsewhere(tmp_path, monkeypatch):
         assert not is_hub_name(name)
     assert not is_hub_name("team/other")  # a folder that was mistyped, or is not made yet
     assert is_hub_name("others/model")
-    with pytest.raises(UserError, match="others/model is no folder here"):
+    with pytest.raises(UserError, match="others/model is not a folder on this machine"):
         local_folder("others/model")
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Convert a checkpoint, and prove that it is the same model before it is called done.
+"""Convert a checkpoint, and check that the result is the same model.
 
 python tools/convert_checkpoint.py runs/demo --out demo-hf --to hf --dtype bfloat16
 python tools/convert_checkpoint.py gpt2-hf --out gpt2 --to native
 
-What SOURCE is shows in its files: a run or a checkpoint of ours, a folder of Hugging Face GPT-2, of the published
-CoCoMix code, of Megatron-LM (mp_rank_*) or of DeepSpeed ZeRO. Options below the line say what a source does not.
+SOURCE is a run, a native checkpoint, or a folder of Hugging Face GPT-2, the published CoCoMix code, Megatron-LM
+(mp_rank_*) or DeepSpeed ZeRO. Its kind is detected from its files. The last group of options gives settings that a
+source may not record.
 """
 
 import argparse
@@ -14,16 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacocomix.checkpoint.external.convert import check_absent, write_native, write_reference
+from megacocomix.checkpoint.convert import write_native, write_reference
 from megacocomix.checkpoint.external.source import Hints
 from megacocomix.checkpoint.open import load_model, open_source
 from megacocomix.errors import UserError, run_cli
+from megacocomix.files import check_absent
 from megacocomix.hf.export import export_hf
 from megacocomix.training.run_folder import code_version
 
 
 def main() -> None:
-    """Parse the command line, convert, print the parity."""
+    """Parse the command line, convert, print the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="a folder of any kind above")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make; never overwritten")
@@ -31,15 +33,15 @@ def main() -> None:
         "--to",
         required=True,
         choices=["native", "hf", "reference"],
-        help="native: a checkpoint of ours; hf: transformers; reference: the published CoCoMix code",
+        help="native: our checkpoint format; hf: transformers; reference: the published CoCoMix code",
     )
-    parser.add_argument("--tokenizer", metavar="NAME", help="as data.tokenizer; to note, or for --to hf to copy")
+    parser.add_argument("--tokenizer", metavar="NAME", help="as data.tokenizer; it is recorded, or copied by --to hf")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights that --to hf writes"
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the weights, for --to hf"
     )
-    hints = parser.add_argument_group("what a source may not say")
+    hints = parser.add_argument_group("settings that a source may not record")
     hints.add_argument(
-        "--insertion-layer", type=int, metavar="N", help="block (0-based) that the concepts stand before"
+        "--insertion-layer", type=int, metavar="N", help="block (0-based) that the concept module stands before"
     )
     hints.add_argument("--num-kept", type=int, metavar="K", help="predicted concepts kept")
     hints.add_argument("--num-heads", type=int, metavar="N", help="attention heads")
@@ -68,7 +70,7 @@ def _to_hf(options: argparse.Namespace) -> None:
         raise UserError(f"{options.source} is a Hugging Face folder already.")
     tokenizer = options.tokenizer or source.config.data.tokenizer
     if not tokenizer:
-        raise UserError(f"{options.source} does not say its tokenizer: give --tokenizer.")
+        raise UserError(f"{options.source} does not record its tokenizer: give --tokenizer.")
     parity = export_hf(source, options.out, tokenizer, options.dtype)
     rounding = f"; rounded to bfloat16, the loss moved by {parity.rounding:+.1e}" if options.dtype == "bfloat16" else ""
     print(

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Convert a sparse autoencoder of another project to the one file that teacher.sae reads, after measuring that it fits.
+"""Convert a sparse autoencoder of another project to the file that teacher.sae reads, after measuring that it fits.
 
     python tools/convert_sae.py resid_post_mlp_v5_32k/autoencoders/5.pt --out saes/gpt2-5.safetensors \\
         --teacher teachers/gpt2 --text text.jsonl
     python tools/convert_sae.py OWNER/NAME/layers.5 --out saes/pythia-5.safetensors
     python tools/convert_sae.py saes/gpt2-5.safetensors --out saes/gpt2-5-saelens --to saelens
 
-SOURCE is a path, or OWNER/NAME[/FOLDER] on Hugging Face's hub. Its kind shows in its files: OpenAI's FILE.pt (TopK,
-ReLU), a folder of SAELens (standard, topk; 1.x to 6.x) or of EleutherAI's sparsify. No pickle is ever run. With a
-teacher and text, variance unexplained and L0 are measured on windows of 64 tokens and of the teacher's context, and an
-autoencoder that does not fit is refused. """
+SOURCE is a path, or OWNER/NAME[/FOLDER] on Hugging Face's hub. Its format is recognised by its files: OpenAI's FILE.pt
+(TopK, ReLU), a folder of SAELens (standard, topk; 1.x to 6.x) or of EleutherAI's sparsify. Code inside a pickle is
+never run. With a teacher and text, the variance unexplained and L0 are measured on windows of 64 tokens and of the
+teacher's context. An autoencoder that does not fit is refused."""
 
 import argparse
 import sys
@@ -24,13 +24,13 @@ from megacocomix.sae.convert import SAEConversion, convert_sae, export_saelens
 
 
 def main() -> None:
-    """Parse the command line, convert, print what was measured."""
+    """Parse the command line, convert, and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "source", metavar="SOURCE", help="an autoencoder of any kind above; with --to saelens, one of ours"
+        "source", metavar="SOURCE", help="an autoencoder of any format above; with --to saelens, one of ours"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="PATH", help="file or folder to make; never overwritten"
+        "--out", required=True, type=Path, metavar="PATH", help="file or folder to write; never overwritten"
     )
     parser.add_argument("--to", choices=["native", "saelens"], default="native", help="default %(default)s")
     parser.add_argument("--teacher", metavar="DIR", help="the model it was trained on, as teacher.model")
@@ -40,9 +40,9 @@ def main() -> None:
         "--accept-fvu",
         type=float,
         metavar="X",
-        help="variance that may be unexplained (default 0.5, and no other block fits better)",
+        help="largest accepted variance unexplained (default 0.5, and no other block may fit clearly better)",
     )
-    hints = parser.add_argument_group("what a source may not say")
+    hints = parser.add_argument_group("values that a source may not record")
     hints.add_argument("--layer", type=int, metavar="L", help="block whose residual it reads, from 0")
     hints.add_argument("--location", choices=get_args(Location))
     hints.add_argument("--context", type=int, metavar="T", help="tokens of a window it was trained on")
@@ -67,7 +67,7 @@ def main() -> None:
             f"{report.fvu:.4f} raw, L0 {report.l0:.1f}, over {report.num_rows:,} tokens"
         )
     if not done.fit:
-        print("not measured: give --teacher and --text to see whether it fits")
+        print("not measured: give --teacher and --text to measure whether it fits")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Write docs/options.md, the reference of every option, from the sentences in megacocomix/config.py and method.py.
+"""Write docs/options.md, the reference of all options, from the docstrings in megacocomix/config/.
 
 python tools/document_options.py --out docs/options.md
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Annotated, Literal, get_args, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,23 +19,19 @@ from megacocomix.errors import run_cli
 
 def options_page() -> str:
     """The whole page as Markdown."""
-    lines = [
-        "# Options",
-        "",
-        "Generated from `megacocomix/config.py` and `method.py` by `tools/document_options.py`; edit it there.",
-        "",
-    ]
+    lines = ["# Options", ""]
+    lines += ["`tools/document_options.py` generates this page from the docstrings in `megacocomix/config/`.", ""]
     lines += ["A recipe is a YAML file with these sections; on the command line an option is `section.key=value`.", ""]
     for name, field in Config.model_fields.items():
         section = section_type(name)
         if section is None:
             lines += [f"## {name}", "", field.description, ""]
             continue
-        lines += [f"## {name}", "", section.__doc__, "", "| key | type | default | what |", "|---|---|---|---|"]
+        lines += [f"## {name}", "", section.__doc__, "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for key, option in section.model_fields.items():
             default = "*required*" if option.is_required() else f"`{_yaml(option.default)}`"
-            what = " ".join(option.description.split()).replace("|", "\\|")
-            lines.append(f"| `{key}` | {_type(option.annotation)} | {default} | {what} |")
+            meaning = " ".join(option.description.split()).replace("|", "\\|")
+            lines.append(f"| `{key}` | {_type(option.annotation)} | {default} | {meaning} |")
         lines.append("")
         if name == "method":
             lines += [*_presets_table(), ""]
@@ -42,7 +39,7 @@ def options_page() -> str:
 
 
 def _presets_table() -> list[str]:
-    """What each method.name sets; a dash where it is as for cocomix."""
+    """The settings of each method.name; a dash if the value is that of cocomix."""
     lines = [f"| `name` | {' | '.join(f'`{key}`' for key in COCOMIX)} |", f"|---|{'---|' * len(COCOMIX)}"]
     for name, preset in PRESETS.items():
         differs = lambda key, name=name, preset=preset: name == "cocomix" or preset[key] != COCOMIX[key]
@@ -52,25 +49,24 @@ def _presets_table() -> list[str]:
 
 def _yaml(value) -> str:
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return json.dumps(value)
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _type(annotation) -> str:
-    if annotation is type(None):
-        return "null"
-    if isinstance(annotation, type) and not get_args(annotation):
-        return {"str": "text", "int": "integer", "float": "number", "bool": "true/false"}[annotation.__name__]
-    parts = get_args(annotation)
-    if getattr(annotation, "__origin__", None) is list:
+    """A type annotation as text for the user."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin is list:
         return f"list of {_type(parts[0])}s"
-    if getattr(annotation, "__origin__", None) is tuple:
-        return "list of " + str(len(parts)) + " numbers"
-    if not any(isinstance(part, type) or get_args(part) for part in parts):
-        return ", ".join(f"`{part}`" for part in parts)  # a Literal
-    if hasattr(annotation, "__metadata__"):
+    if origin is tuple:
+        return f"list of {len(parts)} numbers"
+    if origin is Annotated:
         return _type(parts[0])
-    return " or ".join(_type(part) for part in parts)
+    if parts:
+        return " or ".join(map(_type, parts))
+    return {type(None): "null", str: "text", int: "integer", float: "number", bool: "true/false"}[annotation]
 
 
 def main() -> None:

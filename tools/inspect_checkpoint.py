@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Say what a checkpoint file or folder is and holds. Reads only.
+"""List the kind and content of a checkpoint file or folder. Only reads.
 
 python tools/inspect_checkpoint.py runs/tiny --health
 
-A run or a checkpoint of ours, a folder of Hugging Face, of the published CoCoMix code, of Megatron-LM or of DeepSpeed
-ZeRO, or a single .safetensors or .pt file. Exit code 1 where --health finds NaN or infinite values.
+PATH is a run, a native checkpoint, a folder of Hugging Face, the published CoCoMix code, Megatron-LM or DeepSpeed ZeRO,
+or a single .safetensors or .pt file. The exit code is 1 if --health finds NaN or infinite values.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, run_cli
 
 
 def main() -> int:
-    """Parse the command line, list, print."""
+    """Parse the command line and print the listing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="PATH", help="a file or folder of any kind above")
-    parser.add_argument("--health", action="store_true", help="read all tensors: NaN, infinite values, norms")
+    parser.add_argument("--health", action="store_true", help="read all tensors; report NaN, infinite values and norms")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     listing = list_checkpoint(options.path, options.health)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""What a model's concepts stand for: read a text with it, and with the teacher it learned from, and say of each
-concept how often it is kept, how far that agrees with the teacher's labels, where it is strongest, what it promotes.
+"""Inspect a model's concepts: read a text with the model and with its teacher, and report for each concept how often it
+is kept, how well that agrees with the teacher's labels, where it is strongest, and which tokens it promotes.
 
 python tools/inspect_concepts.py runs/tiny --text assets/corpus/wiki_vital.jsonl.gz --html runs/tiny/concepts.html
 python tools/inspect_concepts.py runs/tiny --text notes.txt --no-teacher --concept 12 --concept 40
@@ -26,22 +26,14 @@ def main() -> None:
     check(options)
 
     from megacocomix.hf.open import check_has_concepts, open_model
-    from megacocomix.interpret.inspection import inspect, write_inspection
-    from megacocomix.interpret.names import read_names
-    from megacocomix.interpret.reading import cut_windows, read_windows
-    from megacocomix.interpret.teacher_labels import ALONE, open_teacher_labels, teacher_labels_notes
+    from megacocomix.interpret.inspection import inspect_files, write_inspection
 
     student = open_model(options.model)
     check_has_concepts(student)
     num_concepts = student.model.config.num_concepts
     if wrong := [concept for concept in options.concept if not 0 <= concept < num_concepts]:
         raise UserError(*(f"--concept {each} is no concept. Valid: 0 … {num_concepts - 1}." for each in wrong))
-    names = read_names(options.names, num_concepts) if options.names else {}
-    windows = cut_windows(student, options.text, options.tokens, options.field)
-    source = None if options.no_teacher else open_teacher_labels(student, options.teacher, options.sae, ALONE)
-    notes = windows.notes + ([] if options.no_teacher else teacher_labels_notes(student, source))
-    print("\n".join(f"note: {note}" for note in notes), end="\n" if notes else "", flush=True)
-    record = inspect(student, read_windows(student, windows, source), names, options.shown)
+    record = inspect_files(student, options)
     if options.out:
         write_inspection(options.out, record)
     if options.html:
@@ -49,7 +41,7 @@ def main() -> None:
         from megacocomix.interpret.page import render
 
         write_text(options.html, render(record, None))
-    # Printed last: whoever reads it may leave half-way.
+    # Printed last, because the reader of a pipe, such as head, may close it early.
     print("\n".join(cards(record, options.concept) if options.concept else table(record, options.top)))
     for file in filter(None, (options.out, options.html)):
         print(f"written to {file}")
@@ -58,24 +50,26 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="RUN|FOLDER", help="a run, a checkpoint of ours or an exported folder")
+    parser.add_argument("model", metavar="RUN|FOLDER", help="a run, a native checkpoint or an exported folder")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help=".txt, .jsonl, .jsonl.gz, .parquet")
-    parser.add_argument("--field", default="text", help="where a row has its text; default text")
+    parser.add_argument("--field", default="text", help="field of a row that has the text (default text)")
     parser.add_argument("--tokens", type=int, default=65536, metavar="N", help="tokens read at most (default 65536)")
     parser.add_argument("--shown", type=int, default=4096, metavar="N", help="tokens shown one by one (default 4096)")
-    parser.add_argument("--teacher", metavar="DIR", help="an exported folder's teacher, or in the config's place")
-    parser.add_argument("--sae", metavar="FILE", help="its autoencoder, whose latents are the concepts")
-    parser.add_argument("--no-teacher", action="store_true", help="read the student alone")
-    parser.add_argument("--names", metavar="FILE", help="names of your own, YAML or JSON, such as 12: website")
-    parser.add_argument("--concept", type=int, action="append", default=[], metavar="ID", help="print all about it")
-    parser.add_argument("--top", type=int, default=20, metavar="N", help="concepts of the table (default 20)")
+    parser.add_argument("--teacher", metavar="DIR", help="teacher of an exported folder, or in place of the config's")
+    parser.add_argument("--sae", metavar="FILE", help="autoencoder of --teacher; its latents are the concepts")
+    parser.add_argument("--no-teacher", action="store_true", help="read without the teacher")
+    parser.add_argument("--names", metavar="FILE", help="your own names, YAML or JSON, such as 12: website")
+    parser.add_argument(
+        "--concept", type=int, action="append", default=[], metavar="ID", help="print everything about this concept"
+    )
+    parser.add_argument("--top", type=int, default=20, metavar="N", help="concepts in the table (default 20)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write everything here")
-    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write it as a page to open in a browser")
+    parser.add_argument("--html", type=Path, metavar="FILE.html", help="write a page to open in a browser")
     return parser.parse_args()
 
 
 def check(options: argparse.Namespace) -> None:
-    """Everything that can be said before anything is loaded."""
+    """Check the options before anything is loaded. Raises one UserError with all problems."""
     problems = [
         f"--{name} {getattr(options, name)} must be 1 or more."
         for name in ("tokens", "shown", "top")
@@ -96,7 +90,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def table(record: dict, num_rows: int) -> Iterator[str]:
-    """A line a concept, most often kept first, and the totals."""
+    """One line per concept, most often kept first, then the totals."""
     rows = record["concepts"][:num_rows]
     width = max((len(entry["name"]) for entry in rows), default=4)
     yield f"concept     kept    P@1    R@1    P@4    R@4  {'name':{width}}  promotes"
@@ -111,11 +105,11 @@ def table(record: dict, num_rows: int) -> Iterator[str]:
 
 
 def totals(record: dict) -> Iterator[str]:
-    """What the reading says of all concepts together."""
+    """Lines on all concepts together."""
     total, num_concepts = record["totals"], record["num_concepts"]
     share = lambda count: f"{count:,} ({percent(count / num_concepts, 1)})"
     yield f"{record['model']}: {record['num_tokens']:,} tokens in {record['num_windows']:,} windows"
-    yield f"of {num_concepts:,} concepts, {record['num_kept']} are kept a position"
+    yield f"of {num_concepts:,} concepts, {record['num_kept']} are kept at each position"
     yield f"  never kept in this text: {share(total['never_kept'])}"
     if total["small_columns"] is not None:
         yield f"  compress column of norm below 0.01 (at 386M the paper has 5.8 %): {share(total['small_columns'])}"
@@ -131,7 +125,7 @@ def totals(record: dict) -> Iterator[str]:
 
 
 def cards(record: dict, concepts: list[int]) -> Iterator[str]:
-    """Everything about single concepts."""
+    """All data on single concepts."""
     entries = {entry["id"]: entry for entry in record["concepts"]}
     for concept in concepts:
         entry = entries.get(concept)
@@ -158,12 +152,12 @@ def cards(record: dict, concepts: list[int]) -> Iterator[str]:
 
 
 def percent(share: float | None, digits: int) -> str:
-    """A share in words; – where there is none."""
+    """A share in per cent; – for None."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def shown(text: str) -> str:
-    """Text on one line of a terminal: line ends as ⏎, other control characters as ·."""
+    """Text on one line of a terminal, with line ends as ⏎ and other control characters as ·."""
     return "".join("⏎" if c == "\n" else c if c.isprintable() else "·" for c in text)
 
 

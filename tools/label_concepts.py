@@ -5,12 +5,12 @@ instead of running the teacher.
     python tools/label_concepts.py --config configs/tiny.yaml --out data/labels
     torchrun --nproc-per-node 8 tools/label_concepts.py --config configs/1.38b.yaml --out data/owt-labels
 
-One cache serves every student size, layout, seed and method option that does not choose labels, as long as data, window
-length, teacher and autoencoder are the same. Processes share only the folder: start as many as there are GPUs, on as
-many hosts, at any time; started again, they go on. A cache that is not complete can be trained on.
+One cache serves all student sizes, layouts, seeds and method options that do not choose labels, as long as data, window
+length, teacher and autoencoder are the same. Processes share only the folder: start any number of them, on any number
+of hosts, at any time. Started again, they resume. Training can use a cache that is not complete.
 
-Exit codes: 0 the cache is complete, or what is missing is being labelled by others; 2 a mistake to mend; 75 stopped on
-a signal."""
+Exit codes: 0 the cache is complete, or other processes are labelling the rest; 2 an error to fix; 75 stopped on a
+signal."""
 
 import argparse
 import os
@@ -21,21 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 from megacocomix.config.load import load_config  # noqa: E402
-from megacocomix.errors import (  # noqa: E402
-    EXIT_FINISHED,
-    EXIT_REQUEUE,
-    EXIT_USER,
-    UserError,
-    print_errors,
-    run_cli,
-)
+from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, print_errors, run_cli  # noqa: E402
 
 
 def main() -> int:
-    """Parse the command line, label, print how the cache stands."""
+    """Parse the command line, label, and print the state of the cache."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML recipe, such as configs/tiny.yaml")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the cache, new or begun")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the cache, new or existing")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change an option of the recipe")
     options = parser.parse_intermixed_args()
@@ -54,7 +47,7 @@ def main() -> int:
     report = label_all(config, options.out, device, rank, world)
     print(
         f"{options.out}: {report.num_labelled:,} windows labelled by this process; {report.num_held:,} of "
-        f"{report.num_windows:,} are there" + ("; stopped on a signal" if report.is_stopped else ""),
+        f"{report.num_windows:,} have labels" + ("; stopped on a signal" if report.is_stopped else ""),
         flush=True,
     )
     if report.problems:

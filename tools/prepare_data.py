@@ -4,7 +4,7 @@
 
 INPUT is .txt (documents separated by lines that read <|endoftext|>), .jsonl, .jsonl.gz, .parquet, a folder of
 these, a dataset saved by the `datasets` library, or owner/name on the Hugging Face Hub. Interrupted work is
-continued by the same command; a complete --out is never overwritten.
+continued by the same command. A complete --out is never overwritten.
 """
 
 import argparse
@@ -16,19 +16,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a che
 from megacocomix.data.prepare import prepare_data
 from megacocomix.errors import run_cli
 
-# The cores this process may use, where the system tells (Linux): a job's share of a node.
+# On Linux only the cores that this process may use: a job's share of a node.
 NUM_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def main() -> None:
-    """Parse the command line, prepare the data, print what was made."""
+    """Parse the command line, prepare the data, print a summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
     parser.add_argument("--out", required=True, metavar="DIR", help="gets DIR/train and, with --valid, DIR/valid")
     parser.add_argument("--tokenizer", required=True, metavar="gpt2|FILE.model|DIR")
     parser.add_argument("--valid", type=float, default=0.0, metavar="FRACTION", help="of the documents; default 0")
     parser.add_argument("--workers", type=int, default=NUM_CORES, metavar="N", help="default: all cores")
-    parser.add_argument("--field", default="text", help="where a row has its text; default text")
+    parser.add_argument("--field", default="text", help="field of a row that holds its text; default text")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="default 100,000,000")
     arguments = vars(parser.parse_args())
     manifests, complete = prepare_data(**arguments)

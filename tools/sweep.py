@@ -3,9 +3,9 @@
 
     python tools/sweep.py configs/sweeps/ablations.yaml
 
-Started again, it goes on: what is done is skipped, what was begun is resumed. The page is OUT/comparison/comparison.md.
+Started again, it skips finished runs and resumes unfinished ones. The page is OUT/comparison/comparison.md.
 
-Exit codes: 0 all runs are done, 1 some failed (the others were run), 2 a mistake in the plan, 75 stopped on a signal
+Exit codes: 0 all runs are done, 1 some failed (the others were run), 2 an error in the plan, 75 stopped on a signal
 after saving."""
 
 import argparse
@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    """Read the plan, run it, compare."""
+    """Read the plan, run it, and compare the runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", metavar="PLAN", help="YAML file, such as configs/sweeps/ablations.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="check every run's config, print what there is to do")
+    parser.add_argument("--dry-run", action="store_true", help="check every run's config and print its state")
     options = parser.parse_args()
     plan = read_plan(options.plan)
     jobs = plan_jobs(plan)
@@ -38,7 +38,7 @@ def main() -> int:
         return 0
     code = Sweep(plan, jobs, ROOT, lambda line: tqdm.write(line, file=sys.stdout)).run()
     if code == EXIT_REQUEUE:
-        print("stopped on a signal: start the same command again to go on")
+        print("stopped on a signal: start the same command again to resume")
         return code
     done = [job.config.run for job in jobs if job.is_done]
     failed = [job for job in jobs if not job.is_done]

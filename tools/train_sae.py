@@ -1,4 +1,4 @@
-"""Train the sparse autoencoder that names a teacher's concepts, on the teacher's residual over token shards."""
+"""Train the sparse autoencoder that defines a teacher's concepts, on the teacher's residual over token shards."""
 
 import argparse
 import os
@@ -22,14 +22,14 @@ EXAMPLE = """example:
 
   torchrun --nproc-per-node 8 tools/train_sae.py …      each process takes its part of every batch
 
-Windows are as long as the teacher's context. Beside FILE, FILE.jsonl logs the training and FILE.png shows it. The same
-command goes on from FILE.resume where it was stopped; exit code 75 says that a signal did."""
+Windows are as long as the teacher's context. FILE.jsonl logs the training, and FILE.png plots it. After a stop, the
+same command resumes from FILE.resume. Exit code 75 means that a signal stopped it."""
 
 
 def main() -> int:
-    """Parse the command line, train, plot, print what was measured."""
+    """Parse the command line, train, plot, and print the measurements."""
     job = SAEJob(**vars(parse_arguments()))
-    # Only several processes have to meet; one needs none of it.
+    # A single process needs no process group.
     runtime = start_runtime() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     place = (runtime.device, runtime.rank, runtime.world) if runtime else (device,)
@@ -38,24 +38,24 @@ def main() -> int:
     try:
         is_finished = run.train()
     except UserError as error:
-        if error.problems:  # of this rank alone
+        if error.problems:  # empty on ranks that only stop because another rank failed
             print_errors(error)
         return EXIT_USER
     if runtime:
-        stop_runtime()  # the others need not wait for what rank 0 still does
+        stop_runtime()  # the other ranks need not wait while rank 0 measures
         if not runtime.is_main:
             return EXIT_FINISHED if is_finished else EXIT_REQUEUE
     if not is_finished:
-        print(f"stopped on a signal: saved in {job.resume}, start the same command again to go on", flush=True)
+        print(f"stopped on a signal: saved in {job.resume}, start the same command again to resume", flush=True)
         return EXIT_REQUEUE
     measured = run.finish()
     plot_sae_training(job.log, Path(f"{job.out}.png"))
     print(
         f"variance unexplained {measured['fvu_standardized']:.4f} standardised, {measured['fvu']:.4f} raw\n"
-        f"L0 {measured['l0']:.1f}, dead {measured['dead_fraction']:.1%} (on none of these tokens), "
-        f"{measured['dead_fraction_training']:.1%} (silent for {measured['dead_after_tokens']:,} of training)\n"
-        f"teacher's loss {measured['loss']:.4f}; {measured['loss_reconstructed']:.4f} through the autoencoder, "
-        f"{measured['loss_zeroed']:.4f} through zeros: {measured['loss_recovered']:.1%} recovered\n"
+        f"L0 {measured['l0']:.1f}, dead latents {measured['dead_fraction']:.1%} (active on none of these tokens), "
+        f"{measured['dead_fraction_training']:.1%} (not active for {measured['dead_after_tokens']:,} training tokens)\n"
+        f"teacher's loss {measured['loss']:.4f}; {measured['loss_reconstructed']:.4f} with the reconstruction, "
+        f"{measured['loss_zeroed']:.4f} with zeros: {measured['loss_recovered']:.1%} recovered\n"
         f"{job.out}\n{job.out}.png"
     )
     return EXIT_FINISHED
@@ -83,9 +83,11 @@ def parse_arguments() -> argparse.Namespace:
         "--resample-every",
         type=int,
         metavar="N",
-        help="steps after which dead latents start again (default: a fifth; 0 never)",
+        help="steps between resets of dead latents (default: a fifth of --steps; 0: never)",
     )
-    parser.add_argument("--save-every", type=int, default=500, metavar="N", help="steps (default %(default)s)")
+    parser.add_argument(
+        "--save-every", type=int, default=500, metavar="N", help="steps between saves (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     return parser.parse_args()
 

@@ -16,13 +16,13 @@ from megacocomix.errors import run_cli
 
 
 def main() -> None:
-    """Parse the command line, train the tokenizer, print what was made."""
+    """Parse the command line, train the tokenizer, print a summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
     parser.add_argument("--out", required=True, metavar="FILE.model")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="a few hundred at least")
     parser.add_argument("--valid", type=float, default=0.0, metavar="FRACTION", help="of the documents; default 0")
-    parser.add_argument("--field", default="text", help="where a row has its text; default text")
+    parser.add_argument("--field", default="text", help="field of a row that holds its text; default text")
     arguments = vars(parser.parse_args())
     tokenizer = train_tokenizer(**arguments)
     print(f"{arguments['out']}: {tokenizer.vocab_size:,} tokens, end of text {tokenizer.eot_id}")

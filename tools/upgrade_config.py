@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Give the options in a config of an earlier version their new names.
+"""Rename the options in a config of an earlier version to their present names.
 
     python tools/upgrade_config.py configs/mine.yaml runs/old
 
 PATH is a recipe, a plan of a sweep, a run (its config and all its checkpoints) or a checkpoint. Comments and values
-stay; what needs no change is left alone.
+are kept. Files that need no change are not written.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from megacocomix.errors import run_cli
 
 
 def main() -> None:
-    """Parse the command line, upgrade, print what changed."""
+    """Parse the command line, upgrade, print the changes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     for path in parser.parse_args().paths:

@@ -1,1 +1,1 @@
-"""What is saved, and how it comes back."""
+"""Saving and loading models: our native checkpoints, and those of other projects."""

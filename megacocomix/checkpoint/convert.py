@@ -1,6 +1,6 @@
-"""A source → a checkpoint folder of ours, or a folder as the published code's save_pretrained leaves it.
+"""Converts a source to a native checkpoint, or to a folder as the published code's save_pretrained writes it.
 
-Written aside, compared with the source on the same tokens, and only then renamed.
+The result is written under a temporary name, compared with the source on the same tokens, and only then renamed.
 """
 
 from collections.abc import Callable
@@ -8,21 +8,20 @@ from pathlib import Path
 
 import yaml
 
-from megacocomix.checkpoint.external.source import Source, hf_shapes, neutral_config
+from megacocomix.checkpoint.external.source import Source, neutral_config
 from megacocomix.checkpoint.format import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CHECKPOINT_VERSION
-from megacocomix.checkpoint.hf_names import hf_name, to_hf
+from megacocomix.checkpoint.hf_names import gpt2_config, write_hf_weights
 from megacocomix.checkpoint.open import open_source
 from megacocomix.checkpoint.parity import Difference, measure
 from megacocomix.checkpoint.store import TrainingState
 from megacocomix.checkpoint.tensors import write_safetensors
 from megacocomix.errors import UserError
-from megacocomix.files import write_aside, write_json
-from megacocomix.model.gpt2 import LAYER_NORM_EPS
+from megacocomix.files import check_absent, write_aside, write_json
 
 
 def write_native(source: Source, out: Path, tokenizer: str, code: dict) -> Difference:
-    """A checkpoint of ours at step 0, without optimizer states: something to evaluate, teach, or begin from. `code` is
-    the code version to note. Raises UserError, leaving nothing behind."""
+    """Write a native checkpoint at step 0, without optimizer states. It can be evaluated, be a teacher, or be the start
+    of a run. `code` is the code version to record. Raises UserError; then nothing is left behind."""
     config = source.config or neutral_config(source.shape, source.method, tokenizer)
     manifest = {
         "format": CHECKPOINT_FORMAT,
@@ -43,32 +42,23 @@ def write_native(source: Source, out: Path, tokenizer: str, code: dict) -> Diffe
 
 
 def write_reference(source: Source, out: Path) -> Difference:
-    """config.json, model.safetensors and config.yaml, as the published code reads them. Raises UserError, leaving
-    nothing behind."""
+    """Write config.json, model.safetensors and config.yaml as the published code reads them. Raises UserError; then
+    nothing is left behind."""
     shape, method = source.shape, source.method
     if not method.has_module:
-        raise UserError(f"{source.path} has no concept module; the published code reads it as Hugging Face's: --to hf.")
+        raise UserError(f"{source.path} has no concept module. Export it with --to hf: the published code reads that.")
     if not method.is_published:
         raise UserError(
             f"{source.path} has predict {method.predict}, mix {method.mix}, placement {method.placement}, "
-            f"interleave_every {method.interleave_every}, which the published code does not have: --to hf."
+            f"interleave_every {method.interleave_every}, which the published code does not have: use --to hf."
         )
-    # As save_pretrained leaves it: GPT-2's own settings, and nothing about concepts.
+    # As save_pretrained writes it: GPT-2's own settings, and nothing about concepts.
     config = {
         "architectures": ["GPT2CoCoMixLMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu_new",
-        "n_layer": shape.num_layers,
-        "n_embd": shape.hidden_size,
-        "n_head": shape.num_heads,
-        "n_positions": shape.context,
+        **gpt2_config(shape),
         "n_ctx": shape.context,
-        "vocab_size": shape.vocab_size,
-        "layer_norm_epsilon": LAYER_NORM_EPS,
-        "attn_pdrop": shape.dropout,
-        "embd_pdrop": shape.dropout,
-        "resid_pdrop": shape.dropout,
-        "tie_word_embeddings": True,
         "torch_dtype": "float32",
     }
     settings = {
@@ -83,13 +73,11 @@ def write_reference(source: Source, out: Path) -> Difference:
         "insert_layer_index": method.insertion_layer,
         "concept_num": method.num_kept,
     }
-    ours = {hf_name(name): name for name in source.shapes}
-    read = lambda name: to_hf(ours[name], source.read(ours[name]), shape.num_heads)[1]
 
     def write(folder: Path) -> None:
         write_json(folder / "config.json", config)
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        write_safetensors(folder / "model.safetensors", hf_shapes(source.shapes, shape.num_heads), read)
+        write_hf_weights(folder / "model.safetensors", source.shapes, source.read, shape.num_heads)
 
     return _write_checked(source, out, write)
 
@@ -105,9 +93,3 @@ def _write_checked(source: Source, out: Path, write: Callable[[Path], None]) -> 
     except OSError as error:
         raise UserError(f"{source.path} → {out} was not written: {error}.") from None
     return difference
-
-
-def check_absent(out: Path) -> None:
-    """Raises UserError where --out is taken."""
-    if out.exists():
-        raise UserError(f"--out {out} exists already; choose another folder.")

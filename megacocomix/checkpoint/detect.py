@@ -1,4 +1,4 @@
-"""What a model folder is, told by its files. Every command that takes a model asks here."""
+"""Detects the kind of a model folder from its files. Every command that takes a model folder uses this."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,23 +10,23 @@ from megacocomix.errors import UserError
 
 
 class Detected(NamedTuple):
-    """A kind of model folder, and where the model lies."""
+    """The kind of a model folder, and the folder that holds the model."""
 
     kind: Literal["native", "hf", "megatron", "deepspeed"]
-    """native: a checkpoint of ours. hf: Hugging Face's layout, which the published CoCoMix code writes too."""
+    """native: our checkpoint format. hf: Hugging Face's layout, which the published CoCoMix code writes too."""
     path: Path
-    """Of a run the newest sound checkpoint, else the folder itself."""
+    """For a run, its newest sound checkpoint; else the folder itself."""
 
 
 def detect(path: str | Path) -> Detected:
-    """Tell what a folder is:
+    """Detect the kind of a folder:
 
-    - a run or a checkpoint of ours: `checkpoints/`, `checkpoint.json`;
+    - a run or a native checkpoint: `checkpoints/`, `checkpoint.json`;
     - Megatron-LM, legacy layout: `mp_rank_XX/model_optim_rng.pt` (megatron.py);
     - Hugging Face: `config.json` with safetensors, whole or in shards (hf.py);
     - DeepSpeed ZeRO: `*_optim_states.pt` (deepspeed.py).
 
-    Raises UserError where it is none of them, or where a run has no sound checkpoint.
+    Raises UserError if it is none of them, or a run without a sound checkpoint.
     """
     path = Path(path)
     if not path.exists():
@@ -45,6 +45,6 @@ def detect(path: str | Path) -> Detected:
     if has_config or any(path.glob("model*.safetensors*")):
         return Detected("hf", path)
     raise UserError(
-        f"{path} holds no model: expected a run or a checkpoint of ours, or a folder of Hugging Face, of the published "
-        "CoCoMix code, of Megatron-LM (mp_rank_*) or of DeepSpeed (*_optim_states.pt)."
+        f"{path} holds no model: expected a run, a native checkpoint, or a folder of Hugging Face, the published "
+        "CoCoMix code, Megatron-LM (mp_rank_*) or DeepSpeed (*_optim_states.pt)."
     )

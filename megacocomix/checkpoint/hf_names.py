@@ -1,14 +1,19 @@
-"""Our parameter names and layouts ⇄ Hugging Face GPT-2's, and the published CoCoMix code's.
+"""Our parameter names and layouts ⇄ those of Hugging Face's GPT-2 and of the published CoCoMix code.
 
-Hugging Face keeps linear weights as Conv1D, [in, out], and lays Q, K and V side by side; ours are [out, in] with Q, K
-and V of a head together (see model.gpt2.QKV). The published CoCoMix code adds three modules to `transformer`; those
-below them are our baselines'.
+Hugging Face stores linear weights as Conv1D, [in, out], with Q, K and V side by side. Ours are [out, in], with the Q,
+K and V of one head together (see model.gpt2.QKV). The published CoCoMix code adds three modules to `transformer`: up to
+`concept.compress` in OUTER. The names after it belong to our baselines.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from megacocomix.checkpoint.tensors import write_safetensors
+from megacocomix.config.schema import ModelConfig
+from megacocomix.model.gpt2 import LAYER_NORM_EPS
 
 OUTER = {
     "embed.tokens.weight": "transformer.wte.weight",
@@ -55,7 +60,7 @@ def hf_name(name: str) -> str:
 
 
 def to_hf(name: str, tensor: Tensor, num_heads: int) -> tuple[str, Tensor]:
-    """Our (name, tensor) → theirs."""
+    """Our (name, tensor) → Hugging Face's."""
     if ".attention.qkv." in name:  # [H, 3, D/H, …] → [3, H, D/H, …]
         tensor = tensor.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     if name.endswith(TRANSPOSED):
@@ -64,7 +69,7 @@ def to_hf(name: str, tensor: Tensor, num_heads: int) -> tuple[str, Tensor]:
 
 
 def from_hf(name: str, read: Callable[[str], Tensor], num_heads: int) -> Tensor:
-    """Our tensor `name`, from theirs, which `read` fetches by their name."""
+    """Our tensor `name`. `read` fetches a tensor by its Hugging Face name."""
     tensor = read(hf_name(name))
     if name.endswith(TRANSPOSED):
         tensor = tensor.T
@@ -73,8 +78,44 @@ def from_hf(name: str, read: Callable[[str], Tensor], num_heads: int) -> Tensor:
     return tensor.contiguous()
 
 
+def gpt2_config(shape: ModelConfig) -> dict:
+    """The sizes and settings of our model, in the keys of Hugging Face's GPT-2."""
+    return {
+        "n_layer": shape.num_layers,
+        "n_embd": shape.hidden_size,
+        "n_head": shape.num_heads,
+        "n_positions": shape.context,
+        "vocab_size": shape.vocab_size,
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "attn_pdrop": shape.dropout,
+        "embd_pdrop": shape.dropout,
+        "resid_pdrop": shape.dropout,
+        "tie_word_embeddings": True,
+    }
+
+
+def hf_shapes(shapes: Mapping[str, torch.Size], num_heads: int) -> dict[str, torch.Size]:
+    """Our names and shapes → Hugging Face's."""
+    pairs = (to_hf(name, torch.empty(shape, device="meta"), num_heads) for name, shape in shapes.items())
+    return {name: tensor.shape for name, tensor in pairs}
+
+
+def write_hf_weights(
+    file: Path,
+    shapes: Mapping[str, torch.Size],
+    read: Callable[[str], Tensor],
+    num_heads: int,
+    dtype: str = "float32",
+) -> None:
+    """Write our parameters, of these `shapes`, as a safetensors file in Hugging Face's names and layouts. `read`
+    fetches a parameter by our name."""
+    ours = {hf_name(name): name for name in shapes}
+    read_hf = lambda name: to_hf(ours[name], read(ours[name]), num_heads)[1]
+    write_safetensors(file, hf_shapes(shapes, num_heads), read_hf, dtype)
+
+
 @torch.no_grad()
 def load_hf_weights(model, read: Callable[[str], Tensor], num_heads: int) -> None:
-    """Copy a Hugging Face state into our `model`, parameter by parameter."""
+    """Copy Hugging Face weights into our `model`, parameter by parameter."""
     for name, parameter in model.named_parameters():
         parameter.copy_(from_hf(name, read, num_heads))

@@ -1,4 +1,4 @@
-"""training.init_from: the weights that a run begins with, in the place of random ones."""
+"""training.init_from: a run starts from the weights of another model instead of random ones."""
 
 import torch
 
@@ -11,20 +11,20 @@ from megacocomix.model.gpt2 import initial_value
 
 SIZES = ("num_layers", "hidden_size", "num_heads", "context", "vocab_size")
 ONLY_OF = {"num_concepts": "concepts", "num_kept": "concepts", "target_size": "hidden"}
-"""Options that matter for one value of method.predict alone."""
+"""Options that matter only for this value of method.predict."""
 
 
 def open_init(config: Config) -> Source | None:
-    """The source that training.init_from names; None where it is null. Raises UserError unless it fits the student; a
-    student with concepts may begin from a model without."""
+    """The source named by training.init_from, or None if it is null. Raises UserError unless it fits the student. A
+    student with a concept module may start from a model without one."""
     if config.training.init_from is None:
         return None
     model, method = config.model, config.method
-    settings = {"insertion_layer": method.insertion_layer, "num_kept": method.num_kept} if method.has_module else {}
+    hints = {"num_heads": model.num_heads, "vocab_size": model.vocab_size}
+    if method.has_module:
+        hints |= {"insertion_layer": method.insertion_layer, "num_kept": method.num_kept}
     try:
-        source = open_source(
-            config.training.init_from, Hints(**settings, num_heads=model.num_heads, vocab_size=model.vocab_size)
-        )
+        source = open_source(config.training.init_from, Hints(**hints))
     except UserError as error:
         raise UserError(*(f"training.init_from: {problem}" for problem in error.problems)) from None
     where = f"training.init_from {config.training.init_from}"
@@ -49,14 +49,14 @@ def open_init(config: Config) -> Source | None:
 
 
 def first_value(name: str, shape: torch.Size, config: Config, init: Source | None) -> torch.Tensor:
-    """A parameter's value before the first step: from `init` where it has that parameter, else drawn."""
+    """A parameter's value before the first step: read from `init` if it has that parameter, else random."""
     if init is not None and (init.method.has_module or not name.startswith("concept.")):
         return init.read(name)
     return initial_value(name, shape, config.training.seed, config.model.num_layers)
 
 
 def describe_init(config: Config, init: Source) -> str:
-    """A line that tells what a new run begins with."""
-    is_drawn = config.method.has_module and not init.method.has_module
-    drawn = "; the concept module, which it lacks, is drawn" if is_drawn else ""
-    return f"weights begin as {init.path} ({init.kind}){drawn}"
+    """A log line about the weights that a new run starts from."""
+    is_random = config.method.has_module and not init.method.has_module
+    random = "; the concept module, which it lacks, starts random" if is_random else ""
+    return f"weights start from {init.path} ({init.kind}){random}"

@@ -1,8 +1,8 @@
-"""The same random tokens through two descriptions of a model: how far apart are logits and loss?
+"""Runs two descriptions of a model on the same random tokens and measures the difference of their logits and losses.
 
-Both models run block by block, and of each only the block at work is in memory. Ours runs on this package's modules.
-Theirs runs on transformers' GPT-2 blocks, from weights under Hugging Face's names, with the concept module written out
-as the published code has it: dense, with a mask in the place of a list of kept rows.
+Both models run block by block; only the current block of each is in memory. Ours runs on this package's modules. Theirs
+runs on transformers' GPT-2 blocks, with weights in Hugging Face's names. Its concept module is implemented as in the
+published code: dense, with a mask instead of a list of kept rows.
 """
 
 import math
@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacocomix.checkpoint.external.source import Source, neutral_config
+from megacocomix.checkpoint.external.source import Source
 from megacocomix.config.method import MethodConfig
 from megacocomix.config.schema import ModelConfig
 from megacocomix.errors import UserError
-from megacocomix.model.gpt2 import LAYER_NORM_EPS, assemble
+from megacocomix.model.gpt2 import GPT2, LAYER_NORM_EPS
 
 TOLERANCE = 1e-4
 SEED = 0
@@ -27,14 +27,14 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest difference of a logit, difference of the mean losses, and over how many tokens."""
+    """Largest difference of a logit, difference of the mean losses, and the number of tokens compared."""
 
     logit: float
     loss: float
     num_tokens: int
 
     def check(self, what: str) -> None:
-        """Raises UserError above TOLERANCE, or where either model gave NaN."""
+        """Raises UserError above TOLERANCE, or if either model gave NaN."""
         for name, value in (("logits", self.logit), ("loss", self.loss)):
             if not value <= TOLERANCE:
                 raise UserError(f"{what}: {name} of the converted model differ by {value:.1e}; nothing was written.")
@@ -42,7 +42,7 @@ class Difference:
 
 @torch.no_grad()
 def measure(source: Source, result: Source) -> Difference:
-    """Run both on two random sequences of full length. Where both are of one kind, the source runs as theirs."""
+    """Run both on two random sequences of full length. A side that has `read_hf` runs as theirs, else as ours."""
     shape = source.shape
     tokens = torch.randint(shape.vocab_size, (2, shape.context), generator=torch.Generator().manual_seed(SEED))
     hidden, heads = [], []
@@ -67,23 +67,23 @@ def _or_infinite(value: float) -> float:
 
 
 def _ours(shape: ModelConfig, method: MethodConfig, read: Read, tokens: Tensor) -> Tensor:
-    """Hidden states before the head."""
+    """Hidden states before the head, [B, T, D]."""
     with torch.device("meta"):
-        model = assemble(neutral_config(shape, method)).eval()
+        model = GPT2(shape, method).eval()
 
-    def part(name: str) -> torch.nn.Module:
+    def load(name: str) -> torch.nn.Module:
         module = model.get_submodule(name)
         names = [own for own, _ in module.named_parameters()]
         module.load_state_dict({own: read(f"{name}.{own}") for own in names}, assign=True)
         return module
 
-    x = part("embed")(tokens)
+    x = load("embed")(tokens)
     for index in range(shape.num_layers):
         if method.has_module and index == method.insertion_layer:
-            x, _ = part("concept")(x)
-        x = part(f"blocks.{index}")(x, model.every if str(index) == model.last_block else None)
+            x, _ = load("concept")(x)
+        x = load(f"blocks.{index}")(x, model.every if str(index) == model.last_block else None)
         del model.blocks[str(index)]
-    return part("norm")(x)
+    return load("norm")(x)
 
 
 def _theirs(shape: ModelConfig, method: MethodConfig, read: Read, tokens: Tensor) -> Tensor:
@@ -111,6 +111,7 @@ def _theirs(shape: ModelConfig, method: MethodConfig, read: Read, tokens: Tensor
 
 
 def _published_mixing(x_BTD: Tensor, read: Read, num_kept: int) -> Tensor:
+    """[B, T, D] → [B, 2T, D]: each token's concept is inserted after it."""
     get = lambda name: read(f"transformer.{name}")
     mean = x_BTD.mean(-1, keepdim=True)
     std = x_BTD.std(-1, keepdim=True)

@@ -1,20 +1,19 @@
-"""What a checkpoint holds: fp32 weights and Adam moments by parameter name; gathered from, and set in, any layout.
+"""The content of a native checkpoint: fp32 weights and Adam moments by parameter name, for any parallel layout.
 
-A checkpoint folder holds, from each rank, `weights-RANK.safetensors` and `optimizer-RANK.safetensors` (`exp_avg/NAME`,
-`exp_avg_sq/NAME`), each parameter whole and in one of them, and `checkpoint.json`: training state, resolved config,
-code version, size and SHA-256 of every file. No name or shape depends on how the run was laid out: a run goes on in any
-other layout. Files are safetensors and JSON: reading one executes nothing.
+Each rank writes `weights-RANK.safetensors` and `optimizer-RANK.safetensors` (`exp_avg/NAME`, `exp_avg_sq/NAME`). Each
+parameter is stored unsharded, in one file only. `checkpoint.json` records the training state, the resolved config, the
+code version, and the size and SHA-256 of every file. No name or shape depends on the layout, so a run can resume in any
+other layout. All files are safetensors or JSON: reading them executes no code.
 """
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 
 from megacocomix.checkpoint.format import read_checkpoint_manifest
+from megacocomix.checkpoint.tensors import SafetensorFiles
 from megacocomix.errors import UserError
 from megacocomix.parallel.tensor import shard, shard_dim, unshard
 from megacocomix.parallel.zero import STATES, Engine, Slice
@@ -22,8 +21,8 @@ from megacocomix.parallel.zero import STATES, Engine, Slice
 
 @dataclass
 class TrainingState:
-    """Where a run stands. `step` steps were taken; the next sample is at position step × global_batch of the data
-    order."""
+    """A run's progress. `step` is the number of steps taken. The next sample is at position step × global_batch of the
+    data order."""
 
     step: int = 0
     tokens: int = 0
@@ -32,43 +31,37 @@ class TrainingState:
     seconds: float = 0.0
 
 
-class StoredTensors:
-    """Reads a checkpoint's tensors one by one: weights as NAME, moments as `exp_avg/NAME`, `exp_avg_sq/NAME`."""
+class StoredTensors(SafetensorFiles):
+    """Reads a checkpoint's tensors one by one. Weights have the key NAME, moments `exp_avg/NAME` and
+    `exp_avg_sq/NAME`."""
 
     def __init__(self, folder: Path):
-        self.folder, self._files = folder, contextlib.ExitStack()
-        self.state = TrainingState(**read_checkpoint_manifest(folder)["state"])
-        self._where = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = self._files.enter_context(safe_open(path, "pt"))
-            self._where.update(dict.fromkeys(file.keys(), file))
+        self.folder, self.state = folder, TrainingState(**read_checkpoint_manifest(folder)["state"])
+        super().__init__(sorted(folder.glob("*.safetensors")))
 
     def check(self, shapes: dict[str, torch.Size]) -> None:
-        """Raises UserError unless weights and moments of every parameter are there in these shapes."""
+        """Raises UserError unless the weight and both moments of every parameter are stored in these shapes."""
         for name, shape in shapes.items():
             for key in (_key(state, name) for state in STATES):
-                found = self._where[key].get_slice(key).get_shape() if key in self._where else None
-                if found != list(shape):
+                if self.shapes.get(key) != shape:
+                    found = f"of shape {list(self.shapes[key])}" if key in self.shapes else "missing"
                     raise UserError(
-                        f"{self.folder}: {key} is {'missing' if found is None else f'of shape {found}'}, expected "
-                        f"{list(shape)}. Delete the folder to go on from the checkpoint before it."
+                        f"{self.folder}: {key} is {found}, expected {list(shape)}. Delete the folder to go on from the "
+                        "checkpoint before it."
                     )
 
     def __enter__(self) -> "StoredTensors":
         return self
 
     def __exit__(self, *error) -> None:
-        self._files.close()
-
-    def read(self, key: str) -> torch.Tensor:
-        """A whole tensor, fp32 on the CPU."""
-        return self._where[key].get_tensor(key)
+        self._where.clear()  # closes the files
 
 
 def load_checkpoint(stored: StoredTensors, engine: Engine) -> TrainingState:
-    """Set fp32 masters, Adam moments and Adam's step from a checkpoint of any layout. Called by all ranks.
+    """Set the fp32 master weights, the Adam moments and Adam's step from a checkpoint of any layout. Called by all
+    ranks.
 
-    The low-precision weights are not touched: the engine must have been built on the stored ones.
+    The low-precision weights are not changed: the engine must have been built from the stored weights.
     """
     grid = engine.grid
     for state in STATES:
@@ -86,8 +79,8 @@ def _key(state: str, name: str) -> str:
 
 
 def gather_own_part(engine: Engine) -> tuple[dict, dict]:
-    """Whole parameters and whole moments on the CPU: of all those of this stage the ones that this rank writes, dealt
-    out by size."""
+    """The weights and moments of this stage that this rank writes, unsharded, on the CPU. Tensors are distributed over
+    the stage's ranks by size."""
     grid, weights, moments = engine.grid, {}, {}
     load = [0] * (grid.data * grid.tensor)
     me = grid.data_rank * grid.tensor + grid.tensor_rank
@@ -104,7 +97,8 @@ def gather_own_part(engine: Engine) -> tuple[dict, dict]:
 
 
 def gather(own: Slice, engine: Engine) -> torch.Tensor:
-    """One parameter whole, on every rank of its stage: first over the data ranks, then over the tensor ranks."""
+    """One parameter unsharded, on every rank of its stage: gathered first over the data ranks, then over the tensor
+    ranks."""
     grid, values = engine.grid, own.values
     if not own.is_replicated:
         values = torch.zeros(own.shard_shape.numel(), device=own.values.device)

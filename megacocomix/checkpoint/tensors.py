@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files, read one at a time: never more than one of them in memory."""
+"""Named tensors in safetensors files, read and written one at a time, so that never more than one is in memory."""
 
 import json
 import os
@@ -12,12 +12,14 @@ from torch import Tensor
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
 
+DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
+
 
 class SafetensorFiles:
-    """The tensors of one or several files under the names they have there."""
+    """The tensors of one or several safetensors files, by name."""
 
     def __init__(self, files: Iterable[Path]):
-        """Open all and read their headers. Raises UserError where one is damaged."""
+        """Open all files and read their headers. Raises UserError if one is damaged."""
         self.files = list(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
@@ -39,54 +41,49 @@ class SafetensorFiles:
         return self._where[name][0]
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor as it is stored."""
+        """A whole tensor in its stored dtype."""
         return self._where[name][1].get_tensor(name)
 
 
-def sharded_files(folder: Path, name: str = "model.safetensors") -> list[Path]:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` names. Raises UserError where one is
+def sharded_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or the shards listed in `model.safetensors.index.json`. Raises UserError if one is
     missing."""
-    index = folder / f"{name}.index.json"
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not index.is_file():
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name} does not exist: save the model with safetensors.")
-        return [folder / name]
+        if not whole.is_file():
+            raise UserError(f"{whole} does not exist: save the model with safetensors.")
+        return [whole]
     try:
         found = {name: str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index} is damaged: it does not say which file holds which tensor.") from None
+        raise UserError(f"{index} is damaged: it does not record which file holds which tensor.") from None
     shards = [folder / Path(shard).name for shard in sorted(set(found.values()))]
     for shard in shards:
         if not shard.is_file():
             lost = min(name for name, file in found.items() if Path(file).name == shard.name)
-            raise UserError(f"{shard} does not exist, but {index.name} says it holds {lost}.")
+            raise UserError(f"{shard} does not exist, but {index.name} lists it for {lost}.")
     return shards
-
-
-DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
 
 
 def write_safetensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], dtype: str = "float32"
 ) -> dict:
-    """Write the tensors that `read(name)` gives, one after the other, as `dtype`; returns the file's size and SHA-256.
-
-    The header, with names and offsets, goes first. Raises UserError where a tensor is not of the shape announced.
-    """
+    """Write the tensors that `read(name)` returns, one after the other, as `dtype`. Returns the file's size and
+    SHA-256: {"bytes", "sha256"}. Raises UserError if a tensor does not have the shape in `shapes`."""
     torch_dtype, code = DTYPES[dtype]
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
         begin, end = end, end + torch.Size(shape).numel() * torch_dtype.itemsize
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the numbers begin at a multiple of 8
+    encoded += b" " * (-len(encoded) % 8)  # the numbers begin at a multiple of 8 bytes
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shapes.items():
             tensor = read(name)
             if tensor.shape != torch.Size(shape):
                 raise UserError(f"{path}: {name} is of shape {list(tensor.shape)}, expected {list(shape)}.")
-            # NumPy knows no bfloat16: bytes it knows.
+            # As bytes, because NumPy has no bfloat16.
             file.write(tensor.to(torch_dtype).contiguous().flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

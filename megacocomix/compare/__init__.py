@@ -1,1 +1,1 @@
-"""Any number of runs side by side."""
+"""Compare any number of runs on one page."""

@@ -1,10 +1,10 @@
-"""Questions about a pair of groups, answered on their mean validation curves.
+"""Compare two groups on their mean validation curves.
 
 - At equal x (tokens, FLOPs, seconds), which loss is lower, and by how much?
-- How much x does one need to reach the other's final loss? (The paper's "21.5 % fewer tokens".)
+- How much x does one group need to reach the other's final loss? (The paper's "21.5 % fewer tokens".)
 
-Curves are linearly interpolated in x, and only where both have points: nothing is extrapolated. A difference without
-a scale says little, so `noise` estimates from the runs themselves how much of it could be chance.
+Curves are interpolated linearly in x, only where both have points; nothing is extrapolated. `noise` estimates from the
+runs themselves how large a difference chance alone can make.
 """
 
 import math
@@ -21,62 +21,63 @@ AXES = {
     "flops": "student FLOPs",
     "seconds": "seconds",
 }
-"""What two runs can be equal in: an attribute of `Point`, and the words for it."""
+"""Quantities at which runs are compared: an attribute of `Point` → its name for the reader."""
 
 STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
-"""Student's t, two-sided 95 %, by degrees of freedom from 1; the last one also serves all that are more."""
+"""Student's t, two-sided 95 %, for 1, 2, … degrees of freedom; the last value also serves all higher numbers."""
 
 
 @dataclass(frozen=True)
 class EqualX:
-    """Two losses at the largest x that both groups reached."""
+    """The losses of two groups at the largest x that both reached."""
 
     axis: str
     x: float
     losses: tuple[float, float]
     progress: tuple[float, float]
+    """The share of its schedule that each group had completed at x."""
     windows: int | None = None
-    """How many the losses are over, if all held-out ones. None: the validation during training."""
+    """The number of held-out windows of a full evaluation; None for the validation during training."""
 
     @property
     def difference(self) -> float:
-        """First minus second: negative where the first is lower, NaN where either loss is."""
+        """First minus second: negative if the first is lower, NaN if either loss is NaN."""
         return self.losses[0] - self.losses[1]
 
 
 @dataclass(frozen=True)
 class ToMatch:
-    """What one group needed to reach the final validation loss of another, as a part of what that one had spent."""
+    """The cost x at which one group reached the final validation loss of another, and that other's total cost."""
 
     axis: str
     target: float
     x: float | None
-    """None: the mean curve never reached it."""
+    """None: the mean curve never reached the loss."""
     other_x: float
     seeds: Spread | None
-    """The factor over seeds: of pairs with the same seed where there are any, else against the other's mean."""
+    """The factor over seeds: from pairs with the same seed if there are at least two, else against the other's mean."""
     num_seeds: int
-    """Seeds that were asked; those that never reached it are not in `seeds`."""
+    """The number of seeds or pairs that were tried; those that never reached the loss are not in `seeds`."""
 
     @property
     def factor(self) -> float | None:
-        """x as a part of what the other spent to get there."""
+        """x as a fraction of the other's total cost."""
         return self.x / self.other_x if self.x is not None and self.other_x > 0 else None
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How large a difference of final losses chance alone makes."""
+    """How large a difference of final losses chance alone can make."""
 
     scatter: float | None
-    """Twice the standard deviation of a difference of two points of the run whose validation scatters most."""
+    """Twice the standard deviation of the difference of two points, in the run whose validation scatters most."""
     seeds: float | None
     """Standard deviation of the final loss over seeds, pooled over the groups."""
     freedom: int = 0
     """Degrees of freedom of `seeds`."""
 
     def size(self, group: Group, other: Group) -> float | None:
-        """Smaller differences of these two should not be read as real; None where the runs hold too little to tell."""
+        """Smaller differences of these two may be chance; None if the runs have too few points to tell."""
         if self.seeds is None:
             return self.scatter
         factor = STUDENT_95[min(self.freedom, len(STUDENT_95)) - 1]
@@ -84,27 +85,24 @@ class Noise:
 
 
 def progress(group: Group, axis: str, x: float) -> float:
-    """The part of the schedule that lay behind a group when it had spent `x`."""
+    """The share of its schedule that a group had completed at cost `x`."""
     xs, steps = group.curve(axis, "step")
     return float(np.interp(x, xs, steps)) / (group.setting("training.steps") or group.final.step)
 
 
 def equal_x(group: Group, other: Group, axis: str) -> EqualX | None:
-    """Both validation losses at the largest x both reached; None where they share no stretch of x."""
-    (xs, losses), (other_xs, other_losses) = group.curve(axis), other.curve(axis)
-    x = min(xs[-1], other_xs[-1])
-    if x <= 0 or x < max(xs[0], other_xs[0]):
+    """Both validation losses at the largest x that both reached; None if their ranges of x do not overlap."""
+    both = [each.curve(axis) for each in (group, other)]
+    x = float(min(xs[-1] for xs, _ in both))
+    if x <= 0 or x < max(xs[0] for xs, _ in both):
         return None
-    return EqualX(
-        axis,
-        float(x),
-        (float(np.interp(x, xs, losses)), float(np.interp(x, other_xs, other_losses))),
-        (progress(group, axis, x), progress(other, axis, x)),
-    )
+    losses = tuple(float(np.interp(x, xs, losses)) for xs, losses in both)
+    return EqualX(axis, x, losses, (progress(group, axis, x), progress(other, axis, x)))
 
 
 def equal_end(group: Group, other: Group) -> EqualX | None:
-    """Both full evaluations, of groups that ended at the same number of tokens and were evaluated there alike."""
+    """Both full evaluations; None unless both groups ended at the same number of tokens and have been evaluated there
+    over the same windows."""
     ours, theirs = group.evaluations, other.evaluations
     if group.final.tokens != other.final.tokens or not ours or not theirs or ours[0].text != theirs[0].text:
         return None
@@ -118,17 +116,17 @@ def x_to_match(group: Group, other: Group, axis: str) -> ToMatch:
     pairs = [(run, other.seeds[seed]) for seed, run in group.seeds.items() if seed in other.seeds]
     if len(pairs) < 2:
         pairs = [(run, other) for run in group.runs]
-    factors = [(_reach(run, mate, axis), getattr(mate.final, axis)) for run, mate in pairs]
-    reached = [x / spent for x, spent in factors if x is not None and spent > 0]
+    costs = [(_reach(run, partner, axis), getattr(partner.final, axis)) for run, partner in pairs]
+    reached = [x / other_x for x, other_x in costs if x is not None and other_x > 0]
     spread = Spread.of(reached) if len(pairs) > 1 else None
     return ToMatch(axis, other.final.loss, _reach(group, other, axis), getattr(other.final, axis), spread, len(pairs))
 
 
 def noise(groups: list[Group]) -> Noise:
-    """What the runs themselves say about chance: their seeds, where some were repeated, else their scatter, which is a
-    lower bound."""
-    worst = max((value for group in groups for run in group.runs if (value := _scatter(run)) is not None), default=None)
-    scatter = 2 * math.sqrt(2) * worst if worst is not None else None
+    """Estimate the noise from the runs: from repeated seeds if there are any, else from the scatter of the validation
+    points, which is a lower bound."""
+    scatters = [value for group in groups for run in group.runs if (value := _scatter(run)) is not None]
+    scatter = 2 * math.sqrt(2) * max(scatters) if scatters else None
     repeated = [group for group in groups if len(group.runs) > 1 and math.isfinite(group.spread.std)]
     freedom = sum(len(group.runs) - 1 for group in repeated)
     if not freedom:
@@ -138,7 +136,7 @@ def noise(groups: list[Group]) -> Noise:
 
 
 def _reach(curve: Curve, other: Curve, axis: str) -> float | None:
-    """The x at which a curve first has the other's final loss, on the straight line between two points."""
+    """The x at which a curve first reaches the other's final loss, interpolated linearly between two points."""
     (xs, losses), target = curve.curve(axis), other.final.loss
     reached = np.flatnonzero(losses <= target)  # comparisons with NaN are false
     if not reached.size or not math.isfinite(target):
@@ -158,7 +156,7 @@ def _scatter(run: Run) -> float | None:
     if len(xs) < 6 or not np.isfinite(losses).all() or (np.diff(xs) <= 0).any():
         return None
     weight = (xs[1:-1] - xs[:-2]) / (xs[2:] - xs[:-2])
-    off = losses[1:-1] - (losses[:-2] * (1 - weight) + losses[2:] * weight)
-    # std takes off the mean, so a steady bend of the curve. A point less the middle of its neighbours
-    # has 3/2 of the variance of the noise, if that is independent from point to point.
-    return float(np.std(off, ddof=1) / math.sqrt(1.5))
+    deviations = losses[1:-1] - (losses[:-2] * (1 - weight) + losses[2:] * weight)
+    # std subtracts the mean and with it a constant curvature. If the noise is independent from point to point, a point
+    # minus the midpoint of its neighbours has 3/2 of the variance of the noise.
+    return float(np.std(deviations, ddof=1) / math.sqrt(1.5))

@@ -1,18 +1,18 @@
-"""The panels of the paper's Figure 6, those whose runs are there. Which run is what, its settings say."""
+"""Draw those panels of the paper's Figure 6 whose runs are present. The settings of a run, not its name, decide which
+line of the figure it is."""
 
 import logging
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from safetensors import SafetensorError, safe_open
 
-from megacocomix.checkpoint.format import list_checkpoints, read_checkpoint_manifest
+from megacocomix.checkpoint.format import list_checkpoints
 from megacocomix.compare.groups import Group
+from megacocomix.compare.identical import open_weights
 from megacocomix.compare.plots import COLORS, draw, dress, perplexities, perplexity_axis
 from megacocomix.errors import UserError
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 COMPRESS = "concept.compress.weight"
 SMALL = 1e-2
-"""The norm below which a concept counts as unused; at 386M 5.8 % of them are (paper §3.3)."""
+"""A concept whose norm is smaller counts as unused; at 386M, 5.8 % of the concepts are (paper §3.3)."""
 VIEW = partial(perplexities, axis="tokens")
 NORMS = "c"
 PANELS = {
@@ -34,14 +34,14 @@ PANELS = {
     "e": ("placement", ("CoCoMix", "add")),
     "f": ("pause tokens", ("CoCoMix", "NTP + pause", "KD + pause")),
 }
-"""Title, and the rows that are compared, CoCoMix first; random labels and the signs are not in the paper."""
+"""Letter → title and compared rows, CoCoMix first; random labels and the signs are not in the paper."""
 NOT_ENOUGH = {"d": {"NTP"}}
-"""What does not make a panel beside CoCoMix alone: it is compared on the rest of the page."""
+"""Rows that alone beside CoCoMix do not make a panel, because the rest of the page compares them."""
 
 
 @dataclass(frozen=True)
 class Norms:
-    """The norms of the compress layer's rows, one a concept, in the newest checkpoint of a run."""
+    """The norms of the compress layer's rows, one for each concept, in the newest checkpoint of a run."""
 
     run: str
     step: int
@@ -49,12 +49,12 @@ class Norms:
 
     @property
     def small(self) -> float:
-        """The share of concepts below SMALL."""
+        """The share of concepts with a norm below SMALL."""
         return float((self.values < SMALL).mean())
 
 
 def plot_figure_6(groups: list[Group]) -> tuple[Figure | None, str]:
-    """The figure, None where there is no panel to draw; and the sentences under it."""
+    """The figure and its caption; None and "" if there is no panel to draw."""
     norms = _first_norms(groups)
     curves = {letter: _lines(groups, letter) for letter in PANELS if letter != NORMS}
     drawn = [letter for letter in PANELS if (norms if letter == NORMS else curves[letter])]
@@ -72,11 +72,11 @@ def plot_figure_6(groups: list[Group]) -> tuple[Figure | None, str]:
         panel.set_title(f"({letter}) {PANELS[letter][0]}", fontsize=13, loc="left")
     for panel in panels[len(drawn) :]:
         panel.remove()
-    return figure, _said(drawn, curves, norms)
+    return figure, _caption(drawn, curves, norms)
 
 
 def _lines(groups: list[Group], letter: str) -> list[tuple[str, int, Group]]:
-    """Label, look and group of every line of a panel; none without CoCoMix and something to compare it with."""
+    """(label, index of the colour, group) for each line of a panel; empty without CoCoMix and a row to compare."""
     rows = PANELS[letter][1]
     found = {row: [group for group in groups if group.row == row] for row in rows}
     others = {row for row in rows[1:] if found[row]} - NOT_ENOUGH.get(letter, set())
@@ -90,13 +90,13 @@ def _draw_curves(panel: Axes, lines: list[tuple[str, int, Group]]) -> None:
     for label, index, group in lines:
         draw(panel, group, index, VIEW, f"{label}  {VIEW(group)[1][-1]:.4g}")
     dress(panel, "tokens")
-    # The first part of a run is steep and the same for all; the paper's axes leave it out too.
+    # The paper's axes leave out the first part too: it is steep and the same for all runs.
     ys = [VIEW(curve) for *_, group in lines for curve in (group, *group.seed_curves)]
     first = 0.4 * max(xs[-1] for xs, _ in ys)
-    seen = [y for xs, each in ys for y in each[xs >= first] if math.isfinite(y)]
-    if seen:
+    visible = [y for xs, each in ys for y in each[xs >= first] if math.isfinite(y)]
+    if visible:
         panel.set_xlim(left=first * 0.95)
-        panel.set_ylim(min(seen) * 0.98, max(seen) * (1.02 + 0.03 * len(lines)))  # room for the legend
+        panel.set_ylim(min(visible) * 0.98, max(visible) * (1.02 + 0.03 * len(lines)))  # room for the legend
     perplexity_axis(panel)
     panel.set_ylabel("validation perplexity", fontsize=12)
     panel.legend(frameon=False, fontsize=10.5, loc="best")
@@ -115,7 +115,7 @@ def _draw_norms(panel: Axes, norms: Norms) -> None:
     panel.text(0.98, 0.97, text, transform=panel.transAxes, ha="right", va="top", fontsize=11.5, color=COLORS[1])
 
 
-def _said(drawn: list[str], curves: dict[str, list], norms: Norms | None) -> str:
+def _caption(drawn: list[str], curves: dict[str, list], norms: Norms | None) -> str:
     parts = []
     if norms:
         parts.append(
@@ -124,31 +124,25 @@ def _said(drawn: list[str], curves: dict[str, list], norms: Norms | None) -> str
         )
     for letter in drawn:
         rows = {label.split(":")[0] for label, *_ in curves.get(letter, ())}
-        if lacking := [row for row in PANELS[letter][1] if row not in rows]:
-            parts.append(f"({letter}) is without {', '.join(lacking)}: no such run is here.")
-    if left_out := [f"({letter}) {PANELS[letter][0]}" for letter in PANELS if letter not in drawn]:
-        parts.append(f"Left out, because their runs are not here: {', '.join(left_out)}.")
+        if absent := [row for row in PANELS[letter][1] if row not in rows]:
+            parts.append(f"({letter}) has no run of {', '.join(absent)}.")
+    if omitted := [f"({letter}) {PANELS[letter][0]}" for letter in PANELS if letter not in drawn]:
+        parts.append(f"Panels without runs: {', '.join(omitted)}.")
     return " ".join(parts)
 
 
 def _first_norms(groups: list[Group]) -> Norms | None:
-    """Of CoCoMix where it is there, else of the first run that mixes predicted concepts and has a checkpoint."""
+    """The norms of CoCoMix if present, else of the first run that mixes predicted concepts and has a checkpoint."""
     mixing = [g for g in groups if (g.runs[0].method.predict, g.runs[0].method.mix) == ("concepts", "predicted")]
     for group in sorted(mixing, key=lambda group: group.row != "CoCoMix"):
         for run in group.runs:
             for folder in reversed(list_checkpoints(run.folder)):
-                if (values := _read_norms(folder)) is not None:
+                try:
+                    weights = open_weights(folder)
+                except UserError as error:
+                    log.warning("%s cannot be read and is skipped: %s", folder, error)
+                    continue
+                if COMPRESS in weights.shapes:
+                    values = weights.read(COMPRESS).float().norm(dim=1).numpy()
                     return Norms(run.name, int(folder.name.removeprefix("step-")), values)
-    return None
-
-
-def _read_norms(checkpoint: Path) -> np.ndarray | None:
-    try:
-        for name in read_checkpoint_manifest(checkpoint)["files"]:
-            if name.startswith("weights-"):
-                with safe_open(checkpoint / name, "pt") as file:
-                    if COMPRESS in file.keys():  # noqa: SIM118 (not a dict)
-                        return file.get_tensor(COMPRESS).float().norm(dim=1).numpy()
-    except (UserError, SafetensorError) as error:
-        log.warning("%s cannot be read: %s", checkpoint, error)
     return None

@@ -1,18 +1,18 @@
-"""Runs that repeat one experiment with other seeds are one group, and a group is what is compared.
+"""Groups of runs: runs that differ only in the seed form one group, and groups are compared with each other.
 
-Its curve is the mean of its runs' at the steps at which all of them were validated, in the loss and in what was spent.
+The curve of a group is the mean over its runs, of losses and costs, at the steps at which all of them were validated.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megacocomix.compare.runs import Curve, Evaluation, Point, Run, read_run
+from megacocomix.compare.runs import COSTS, Curve, Evaluation, Point, Run, read_run
 from megacocomix.config.effective import BOOKKEEPING, row_of_the_paper
 from megacocomix.errors import UserError
 
@@ -22,7 +22,7 @@ SEED_IN_A_NAME = re.compile(r"(^|[-_.])(s|seed)?[-_=]?\d+$")
 
 @dataclass(frozen=True)
 class Spread:
-    """A quantity over seeds."""
+    """Mean and standard deviation of a quantity over seeds."""
 
     mean: float
     std: float | None
@@ -31,40 +31,40 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> "Spread | None":
-        """None of no values."""
+        """The spread of `values`; None if there are none."""
         if not values:
             return None
-        with np.errstate(invalid="ignore", over="ignore"):  # of a lost run the spread is lost too
+        with np.errstate(invalid="ignore", over="ignore"):  # a diverged run makes the spread NaN
             std = float(np.std(values, ddof=1)) if len(values) > 1 else None
         return cls(sum(values) / len(values), std, len(values))
 
     def text(self, write: Callable[[float], str]) -> str:
-        """mean ± standard deviation, written by `write`."""
+        """`mean ± standard deviation`, each formatted by `write`."""
         return write(self.mean) + (f" ± {write(self.std)}" if self.std is not None else "")
 
 
 @dataclass(frozen=True)
 class Group(Curve):
-    """Runs that differ in nothing but the seed; one run is a group too."""
+    """Runs that differ only in the seed; a single run is a group too."""
 
     name: str
     runs: tuple[Run, ...]
 
     @cached_property
     def valid(self) -> tuple[Point, ...]:
-        """The mean of the runs' points, at the steps that all of them have."""
+        """The mean of the runs' validation points, at the steps that all runs have."""
         by_step = [{point.step: point for point in run.valid} for run in self.runs]
         shared = [step for step in by_step[0] if all(step in points for points in by_step)]
         return tuple(_mean([points[step] for points in by_step]) for step in shared)
 
     @property
     def at_end(self) -> list[Point]:
-        """Each run's point at the last step of the mean."""
+        """Each run's validation point at the last step of the mean curve."""
         return [next(point for point in run.valid if point.step == self.final.step) for run in self.runs]
 
     @property
     def seed_curves(self) -> list[Run]:
-        """The runs at the steps of the mean and at what the mean had spent there: they differ from it in the loss."""
+        """The runs at the steps and costs of the mean curve, so that they differ from it only in the loss."""
         curves = []
         for run in self.runs:
             losses = {point.step: point.loss for point in run.valid}
@@ -73,12 +73,12 @@ class Group(Curve):
 
     @property
     def spread(self) -> Spread:
-        """The final validation loss over the seeds."""
+        """The final validation loss over seeds."""
         return Spread.of([point.loss for point in self.at_end])
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """The full evaluations of all runs if all were at the end and over the same windows; else none."""
+        """The full evaluations of all runs; empty unless all are of the last step and over the same windows."""
         found = [run.evaluation for run in self.runs if run.evaluation and run.evaluation.step == self.final.step]
         return found if len(found) == len(self.runs) and len({one.text for one in found}) == 1 else []
 
@@ -89,16 +89,21 @@ class Group(Curve):
 
     @property
     def row(self) -> str | None:
-        """What the paper calls it."""
+        """The paper's name for it; None if the paper has no such row."""
         return row_of_the_paper(self.runs[0].method)
 
+    @property
+    def size(self) -> str:
+        """The size of the model, `layers × width`."""
+        return f"{self.setting('model.num_layers', '–')} × {self.setting('model.hidden_size', '–')}"
+
     def setting(self, name: str, default: Any = None) -> Any:
-        """`section.key` of the config that the runs share."""
+        """The value of `section.key` in the config that the runs share."""
         return self.runs[0].setting(name, default)
 
 
 def read_groups(folders: list[str | Path]) -> list[Group]:
-    """Read two or more run folders that can be compared. Raises one UserError with every problem."""
+    """Read two or more run folders and group them. Raises one UserError with every problem."""
     paths = [Path(folder) for folder in folders]
     if len(paths) < 2:
         raise UserError(f"give two or more run folders to compare, got {len(paths)}: {', '.join(map(str, paths))}.")
@@ -117,10 +122,10 @@ def read_groups(folders: list[str | Path]) -> list[Group]:
 
 
 def refuse_other_data(runs: list[Run]) -> None:
-    """Losses on different held-out text are different quantities; no table should put them side by side.
+    """Raises UserError if the runs were validated on different data, because such losses are different quantities.
 
-    Text is known by its hash. Where a run does not record it, its path must lead to a hash that another run recorded,
-    or be every run's.
+    Data are identified by their hash. If a run does not record the hash, another run must have recorded one for the
+    same path, or all runs must have the same path.
     """
     paths = {run.name: str(run.setting("data.valid")) for run in runs}
     hashes = {run.name: run.inputs["data.valid"] for run in runs if run.inputs and "data.valid" in run.inputs}
@@ -130,34 +135,38 @@ def refuse_other_data(runs: list[Run]) -> None:
         own = hashes.get(run.name) or recorded.get(paths[run.name]) or run.content("data.valid")
         found.setdefault(str(own), []).append(run.name)
     if len(found) > 1:
-        said = []
+        sources = []
         for own, used_by in found.items():
             places = " and ".join(dict.fromkeys(paths[name] for name in used_by))
-            known = f"of hash {own[:16]}" if own in hashes.values() else "of a hash that nothing records"
-            said.append(f"{places} {known} ({', '.join(used_by)})")
-        raise UserError(f"validation losses on different data cannot be compared: data.valid is {'; '.join(said)}.")
+            known = f"with hash {own[:16]}" if own in hashes.values() else "with unknown hash"
+            sources.append(f"{places} {known} ({', '.join(used_by)})")
+        raise UserError(f"validation losses on different data cannot be compared: data.valid is {'; '.join(sources)}.")
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Groups in the order of their first runs. A seed stands in a group once: the same experiment run again, with
-    other code for example, is another group, made of the folders of the same name but for the seed."""
+    """Groups in the order of their first runs.
+
+    A seed occurs only once in a group. If the same experiment was run twice with the same seeds (with other code, for
+    example), the runs form two groups: a run joins the group whose name it shares, apart from the seed in the name.
+    """
     groups: list[list[Run]] = []
     for run in runs:
-        fits = [group for group in groups if _belongs(run, group)]
-        named_alike = [group for group in fits if _stem(group[0].name) == _stem(run.name)]
-        if fits:
-            (named_alike or fits)[0].append(run)
+        fitting = [group for group in groups if _belongs(run, group)]
+        same_name = [group for group in fitting if _stem(group[0].name) == _stem(run.name)]
+        if fitting:
+            (same_name or fitting)[0].append(run)
         else:
             groups.append([run])
-    named = [_group_name(group) for group in groups]
-    return [
-        Group(name if named.count(name) == 1 else f"{name} ({', '.join(run.name for run in group)})", tuple(group))
-        for name, group in zip(named, groups, strict=True)
-    ]
+    group_names = [_group_name(group) for group in groups]
+    result = []
+    for name, group in zip(group_names, groups, strict=True):
+        members = ", ".join(run.name for run in group)
+        result.append(Group(name if group_names.count(name) == 1 else f"{name} ({members})", tuple(group)))
+    return result
 
 
 def differing_settings(curves: list[Run] | list[Group]) -> dict[str, list[Any]]:
-    """`section.key` → value each (None: has none), for the settings in which they differ."""
+    """`section.key` → value in each run or group (None: not set), for the settings that differ."""
     runs = [each.runs[0] if isinstance(each, Group) else each for each in curves]
     keys = dict.fromkeys(key for run in runs for key in run.settings if key.split(".")[0] not in BOOKKEEPING)
     table = {key: [run.settings.get(key) for run in runs] for key in keys}
@@ -165,16 +174,15 @@ def differing_settings(curves: list[Run] | list[Group]) -> dict[str, list[Any]]:
 
 
 def names(paths: list[Path]) -> list[str]:
-    """The last part of each path, with as many parents as it takes to tell them apart."""
+    """The last part of each path, preceded by as many parent folders as make the names distinct."""
     parts = [path.resolve().parts for path in paths]
-    for depth in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-depth:]) for part in parts]
-        if len(set(found)) == len(found):
-            return found
-    raise AssertionError("distinct paths have distinct names")
+    depths = range(1, max(map(len, parts)) + 1)
+    candidates = (["/".join(part[-depth:]) for part in parts] for depth in depths)
+    return next(found for found in candidates if len(set(found)) == len(found))
 
 
 def _belongs(run: Run, group: list[Run]) -> bool:
+    """Whether the run has a new seed, otherwise the same settings, and a validation step that all runs share."""
     if run.setting(SEED) is None or run.setting(SEED) in [other.setting(SEED) for other in group]:
         return False
     different = differing_settings([run, group[0]])
@@ -184,17 +192,17 @@ def _belongs(run: Run, group: list[Run]) -> bool:
 
 
 def _stem(name: str) -> str:
+    """The name of a run without its seed."""
     return "/".join(filter(None, (SEED_IN_A_NAME.sub("", part) for part in name.split("/"))))
 
 
 def _group_name(runs: list[Run]) -> str:
     if len(runs) == 1:
         return runs[0].name
-    stems = {_stem(run.name) for run in runs}
-    return next(iter(stems)) if len(stems) == 1 and stems != {""} else str(runs[0].setting("method.name"))
+    stem, *others = {_stem(run.name) for run in runs}
+    return stem if stem and not others else str(runs[0].setting("method.name"))
 
 
 def _mean(points: list[Point]) -> Point:
-    names = [each.name for each in fields(Point) if each.name != "step"]
-    means = {name: sum(getattr(point, name) for point in points) / len(points) for name in names}
+    means = {name: sum(getattr(point, name) for point in points) / len(points) for name in (*COSTS, "loss")}
     return Point(step=points[0].step, **means)

@@ -1,7 +1,7 @@
-"""Perplexity of several groups in one picture: over tokens, FLOPs or seconds.
+"""Plot the perplexity of several groups over tokens, FLOPs or seconds.
 
-A group is a line with points and a marker of its own, in a band from its best seed to its worst, the single seeds faint
-inside. Groups are named where their lines end, not in a legend.
+Each group is a line with its own colour and marker, inside a band from its best seed to its worst; faint lines show the
+single seeds. The name of a group is at the end of its line, not in a legend.
 """
 
 import math
@@ -20,45 +20,54 @@ from megacocomix.compare.groups import Group
 from megacocomix.compare.runs import Curve, Run
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, told apart with every common kind of colour vision."""
+"""The palette of Okabe and Ito, which is distinguishable with every common kind of colour vision."""
 LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
-"""Line and marker of the first seven groups, of the next seven, and so on."""
+"""Line style and marker of the first seven groups, of the next seven, and so on."""
 
-PLOTS = {"tokens": "ppl_vs_tokens", "total_flops": "ppl_vs_flops", "flops": "ppl_vs_student_flops"}
-PLOTS |= {"seconds": "ppl_vs_seconds"}
-X_LABELS = {"tokens": "training tokens", "total_flops": "training FLOPs, teacher included"}
-X_LABELS |= {"flops": "training FLOPs of the student", "seconds": "training seconds"}
+PLOTS = {
+    "tokens": "ppl_vs_tokens",
+    "total_flops": "ppl_vs_flops",
+    "flops": "ppl_vs_student_flops",
+    "seconds": "ppl_vs_seconds",
+}
+"""Axis → name of the plot's file."""
+X_LABELS = {
+    "tokens": "training tokens",
+    "total_flops": "training FLOPs, teacher included",
+    "flops": "training FLOPs of the student",
+    "seconds": "training seconds",
+}
 
 View = Callable[[Curve], tuple[np.ndarray, np.ndarray]]
-"""What is drawn of a curve: x and y, NaN where there is nothing to draw."""
+"""Curve → the x and y to draw, NaN where there is nothing to draw."""
 
 MOST_NATS = 50.0
-"""exp of more than this is no perplexity to draw; it is lost, as what is not a number is."""
+"""Larger losses are treated as not finite: their perplexity is too large to draw."""
 FEW = 3
-"""Up to so many groups are shown side by side. The ends of more would lie on each other: shown is what they are apart
-from the first, and tables have them in rows."""
+"""Up to this number of groups, a plot shows perplexities and a table has a column for each group. The lines of more
+groups would overlap: a plot then shows the difference from the first group, and a table has a row for each group."""
 
 
 def plot_axes(groups: list[Group]) -> list[str]:
-    """The axes that say something different about these groups: without a teacher there is one kind of FLOPs."""
+    """The axes that differ for these groups: without a teacher there is only one kind of FLOPs."""
     has_teacher = any(group.final.teacher_flops for group in groups)
     return [axis for axis in PLOTS if has_teacher or axis != "total_flops"]
 
 
 def save(figure: Figure, stem: Path) -> None:
-    """Write STEM.png and STEM.svg, whose text stays text and whose bytes depend on the picture alone."""
+    """Write STEM.png and STEM.svg. In the SVG text stays text, and its bytes depend only on the figure."""
     figure.savefig(stem.with_suffix(".png"), dpi=150)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "megacocomix"}):
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
 def shows_training(groups: list[Group]) -> bool:
-    """Whether the training loss is drawn too; of many runs it would cover what is compared."""
+    """Whether the training loss is drawn too; with many runs it would cover the validation curves."""
     return sum(len(group.runs) for group in groups) <= FEW
 
 
 def plot(groups: list[Group], axis: str) -> Figure:
-    """Perplexity over one axis: the whole run on the left, a close look on the right, names beside the lines."""
+    """Perplexity over one axis: the whole run on the left, its end enlarged on the right, names beside the lines."""
     few = len(groups) <= FEW
     absolute = partial(perplexities, axis=axis)
     view = absolute if few else partial(_against, base=groups[0], axis=axis)
@@ -75,7 +84,7 @@ def plot(groups: list[Group], axis: str) -> Figure:
     if shows_training(groups):
         for index, group in enumerate(groups):
             _draw_training(whole, group.runs, axis, _look(index)[0])
-    # On a log axis a constant distance is a constant factor, which is what one asks of a training curve.
+    # On a log axis a constant distance is a constant factor, and factors matter in a training curve.
     xs = [x for group in groups for x in group.curve(axis)[0] if x > 0]
     if xs and max(xs) / min(xs) > 10:
         whole.set_xscale("log")
@@ -95,7 +104,7 @@ def plot(groups: list[Group], axis: str) -> Figure:
 
 
 def draw(panel: Axes, group: Group, index: int, view: View, label: str | None = None) -> None:
-    """A group's mean line, its band and its seeds, in the look of the index-th group."""
+    """Draw a group's mean line, band and seeds in the style of the index-th group."""
     color, (line, marker) = _look(index)
     xs, ys = view(group)
     if len(group.runs) > 1:
@@ -106,12 +115,12 @@ def draw(panel: Axes, group: Group, index: int, view: View, label: str | None = 
 
 
 def _look(index: int) -> tuple[str, tuple[str, str]]:
-    """Colour, and line and marker."""
+    """Colour, and (line style, marker)."""
     return COLORS[index % len(COLORS)], LINES[index // len(COLORS) % len(LINES)]
 
 
 def dress(panel: Axes, axis: str) -> None:
-    """Grid, ticks and the name of the x axis."""
+    """Set the grid, the ticks and the label of the x axis."""
     panel.set_xlabel(X_LABELS[axis], fontsize=12)
     panel.tick_params(labelsize=11)
     panel.grid(color="0.9", linewidth=0.8)
@@ -122,30 +131,30 @@ def dress(panel: Axes, axis: str) -> None:
 
 
 def _tick(axis: str) -> FuncFormatter:
-    """Seconds are shortened as tokens are, so that ticks do not touch; the axis names its unit."""
+    """Ticks of seconds are shortened like those of tokens so that they do not touch; the axis label has the unit."""
     return FuncFormatter(lambda x, _: amount("tokens" if axis == "seconds" else axis, x))
 
 
 def perplexity_axis(panel: Axes) -> None:
-    """A log axis of perplexity with ticks at round numbers, however short it is."""
+    """Make y a log axis of perplexity with ticks at round numbers, even over a short range."""
     panel.set_yscale("log")
     low, high = panel.get_ylim()
-    ratio = high / low
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if 5 < ratio < 1e4 else LogLocator())
-    if ratio <= 5:
+    if high / low <= 5:
         panel.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    else:
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high / low < 1e4 else LogLocator())
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}" if y >= 1000 else f"{y:.4g}"))
 
 
 def perplexities(curve: Curve, axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """What can be drawn: x above 0, and NaN for a perplexity that is lost."""
+    """x and perplexity of a curve; NaN for x that are not above 0 and for losses that are not finite."""
     xs, losses = curve.curve(axis)
     return np.where(xs > 0, xs, math.nan), _ppl(losses)
 
 
 def _against(curve: Curve, base: Group, axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """By how many per cent the perplexity is above the base's at the same x; NaN where the base has none."""
+    """x, and by how many per cent the perplexity is above the base's at the same x; NaN where the base has no curve."""
     xs, losses = curve.curve(axis)
     base_losses = np.interp(xs, *base.curve(axis), left=math.nan, right=math.nan)
     return np.where(xs > 0, xs, math.nan), 100 * (_ppl(losses - base_losses) - 1)
@@ -165,35 +174,36 @@ def _draw_training(panel: Axes, runs: Sequence[Run], axis: str, color: str) -> N
 
 
 def _zoom(panel: Axes, groups: list[Group], view: View) -> None:
-    """To what is seen in the last part of the shortest line, and in the others from there on."""
-    lines = [_seen(*view(curve)) for group in groups for curve in (group, *group.seed_curves)]
+    """Limit the panel to the last 60 % of the shortest line and to everything after it in the other lines."""
+    lines = [_drawable(*view(curve)) for group in groups for curve in (group, *group.seed_curves)]
     last = [xs[-1] for xs, _ in lines if xs.size]
     if not last or not 0.4 * min(last) < max(last):
         return
     low = 0.4 * min(last)
     panel.set_xlim(low, max(last) * 1.02)
-    seen = [y for xs, ys in lines for y in ys[xs >= low]]
-    seen += [np.interp(low, xs, ys) for xs, ys in lines if xs.size and xs[0] <= low <= xs[-1]]
-    margin = 0.06 * (max(seen) - min(seen)) or 0.01 * abs(max(seen)) or 1.0
-    panel.set_ylim(max(min(seen) - margin, min(seen) / 2) if min(seen) > 0 else min(seen) - margin, max(seen) + margin)
+    visible = [y for xs, ys in lines for y in ys[xs >= low]]
+    visible += [np.interp(low, xs, ys) for xs, ys in lines if xs.size and xs[0] <= low <= xs[-1]]
+    bottom, top = min(visible), max(visible)
+    margin = 0.06 * (top - bottom) or 0.01 * abs(top) or 1.0
+    panel.set_ylim(max(bottom - margin, bottom / 2) if bottom > 0 else bottom - margin, top + margin)
 
 
-def _seen(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _drawable(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keep = np.isfinite(xs) & np.isfinite(ys)
     return xs[keep], ys[keep]
 
 
 def _name_lines(panel: Axes, groups: list[Group], view: View) -> None:
-    """Names right of the panel at the height of each line's end, pushed apart where they would touch."""
+    """Write the names right of the panel at the heights of the line ends, moved apart where they would touch."""
     size = 12 if len(groups) <= 6 else 10.5
-    line = size * 1.35 / 72 / (panel.figure.get_figheight() - 1.1)  # its height in panel heights
+    line = size * 1.35 / 72 / (panel.figure.get_figheight() - 1.1)  # height of a text line, in heights of the panel
     inside = panel.transData + panel.transAxes.inverted()
     ends = []
     for index, group in enumerate(groups):
-        xs, ys = _seen(*view(group))
+        xs, ys = _drawable(*view(group))
         x, y = np.clip(inside.transform((xs[-1], ys[-1])), 0.0, 1.0) if xs.size else (1.0, 1.0)
-        lost = " (lost: not finite)" if not abs(group.final.loss) < MOST_NATS else ""
-        ends.append((y, x, textwrap.fill(group.name + lost, 30), index))
+        note = " (not finite)" if not abs(group.final.loss) < MOST_NATS else ""
+        ends.append((y, x, textwrap.fill(group.name + note, 30), index))
     ends.sort()
     middles = _spread_out([y for y, *_ in ends], [line * (1 + name.count("\n")) for _, _, name, _ in ends])
     text_x = 1.05 if len(groups) <= len(COLORS) else 1.12
@@ -201,7 +211,7 @@ def _name_lines(panel: Axes, groups: list[Group], view: View) -> None:
         color, (style, marker) = _look(index)
         lead = {"color": color, "linewidth": 0.8, "linestyle": ":", "clip_on": False}
         panel.plot([x, 1.0, 1.04], [y, y, middle], transform=panel.transAxes, **lead)
-        if text_x > 1.1:  # colours repeat: the look beside the name
+        if text_x > 1.1:  # colours repeat, so a sample of the line is drawn beside the name
             sample = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.8, "clip_on": False}
             panel.plot([1.05, 1.08, 1.11], [middle] * 3, style, markevery=[1], transform=panel.transAxes, **sample)
         text = {"color": color, "fontsize": size, "fontweight": "bold", "va": "center"}
@@ -209,7 +219,7 @@ def _name_lines(panel: Axes, groups: list[Group], view: View) -> None:
 
 
 def _spread_out(wanted: list[float], heights: list[float]) -> list[float]:
-    """Middles of labels of these heights, near the wanted ones, in their order, none touching the next."""
+    """The middles of labels of these heights: near the wanted middles, in the same order, without overlap."""
     middles, floor = [], -math.inf
     for y, height in zip(wanted, heights, strict=True):
         middles.append(max(y, floor + height / 2))
@@ -222,15 +232,15 @@ def _spread_out(wanted: list[float], heights: list[float]) -> list[float]:
 
 
 def _smooth(losses: np.ndarray) -> np.ndarray:
-    """Centred running mean over a fortieth of the points; at the ends over as many as there are."""
-    window = np.ones(2 * (len(losses) // 80) + 1)
+    """Centred running mean over a fortieth of the points; near the ends over the points that exist."""
     if len(losses) == 0:
         return losses
+    window = np.ones(2 * (len(losses) // 80) + 1)
     return np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
 
 
 def amount(axis: str, x: float) -> str:
-    """A number with the unit of its axis, short enough for a table."""
+    """A number with the unit of its axis, short enough for a table cell."""
     if axis == "seconds":
         return f"{x:,.0f} s" if x >= 100 else f"{x:.3g} s"
     if axis in ("flops", "total_flops"):

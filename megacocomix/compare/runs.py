@@ -1,9 +1,11 @@
-"""A run folder as it is compared: its config, its curves, its evaluations, what it read and where it ran."""
+"""Read a run folder for a comparison: its config, curves and evaluations, the data it read, the machines it ran on."""
 
 import json
 import logging
 import math
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,18 +23,20 @@ log = logging.getLogger(__name__)
 
 SECTIONS = ("model", "method", "data", "training")
 KINDS = ("loss", "valid_loss")
-"""Lines of metrics.jsonl by the quantity that tells them apart: training and validation."""
+"""The two kinds of lines in metrics.jsonl, training and validation, each named by the key that only it has."""
+COSTS = ("tokens", "flops", "teacher_flops", "seconds")
+"""The fields of a Point that never decrease during a run."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One line of metrics.jsonl: what the run had spent, and its next-token loss (training or validation)."""
+    """One line of metrics.jsonl: the cost of the run so far, and its next-token loss (training or validation)."""
 
     step: int
     tokens: float
     flops: float
     teacher_flops: float
-    """Of the live teacher, and of the label cache that was read, as far as it is known."""
+    """Of the live teacher, and of labelling the label cache that the run read, as far as that is known."""
     seconds: float
     loss: float
 
@@ -43,14 +47,14 @@ class Point:
 
 
 class Curve:
-    """What has validation points in order of steps: a run, or the mean of several."""
+    """Base class of Run and Group: validation points in order of steps, of one run or the mean of several."""
 
     name: str
     valid: tuple[Point, ...]
 
     @property
     def final(self) -> Point:
-        """The last validation."""
+        """The last validation point."""
         return self.valid[-1]
 
     def curve(self, axis: str, value: str = "loss") -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +64,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What tools/evaluate.py found on all held-out windows of a run's data."""
+    """The result of tools/evaluate.py on all held-out windows of a run's data."""
 
     step: int
     loss: float
@@ -70,13 +74,13 @@ class Evaluation:
 
     @property
     def text(self) -> tuple:
-        """Two losses with the same value here are means over the same windows."""
+        """Identifies the windows: where it is equal, two losses are means over the same windows."""
         return self.windows, self.context, self.fingerprint
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run: the command line of its processes, their number, and what they ran on."""
+    """One start of a run: the command line of its processes, their number, and their device."""
 
     command: str
     world: int
@@ -88,21 +92,22 @@ class Start:
 
 @dataclass(frozen=True)
 class Run(Curve):
-    """A run folder: its resolved config, its two curves in order of steps, its evaluation, its starts."""
+    """The content of a run folder; `train` and `valid` are in order of steps."""
 
     name: str
     folder: Path
     config: dict
+    """The resolved config."""
     train: tuple[Point, ...]
     valid: tuple[Point, ...]
     evaluation: Evaluation | None = None
-    """The one of the highest step, on data.valid."""
+    """The evaluation on data.valid with the highest step."""
     starts: tuple[Start, ...] = ()
-    """Empty where code.json does not tell."""
+    """Empty if code.json does not record them."""
     inputs: dict | None = None
-    """Hashes of what the run read, by the option that names it; None where nothing records them."""
+    """Option → hash of the file or folder that it names; None if nothing records the hashes."""
     cache: dict | None = None
-    """The manifest of the label cache that the run read, where that is still there."""
+    """Numbers from the manifest of the label cache that the run read; None if the cache is gone."""
 
     @cached_property
     def method(self) -> MethodConfig:
@@ -111,22 +116,22 @@ class Run(Curve):
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The config as `section.key` → value, without what the run carries but does not use."""
+        """The config as `section.key` → value, without settings that the run's method does not use."""
         return settings_in_effect(self.config, self.method)
 
     def setting(self, name: str, default: Any = None) -> Any:
-        """`section.key` of the config, `default` where the config does not have it."""
+        """The value of `section.key`; `default` if the config does not have it."""
         value = self.settings.get(name)
         return default if value is None else value
 
     def content(self, name: str) -> Any:
-        """What tells a setting that names a file or folder apart: its content's hash where known, else its path."""
+        """Identifies the file or folder that a setting names: the hash of its content if known, else its path."""
         value = self.setting(name)
         return (self.inputs or {}).get(name) or (value and _same_path(str(value)))
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """Read config.yaml and metrics.jsonl. Raises UserError for what is no run or has no validation loss."""
+    """Read a run folder. Raises UserError if it is not a run folder or has no validation loss."""
     folder = Path(folder)
     config_file, metrics_file = folder / "config.yaml", folder / "metrics.jsonl"
     missing = [file.name for file in (config_file, metrics_file) if not file.is_file()]
@@ -137,21 +142,21 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         raise UserError(f"{config_file} is not a config: expected sections such as model and training.")
     if not isinstance((config.get("training") or {}).get("seed", 0), int):
         raise UserError(f"{config_file}: training.seed is not a number.")
-    train, valid = (_points(metrics_file, lines) for lines in read_metrics(metrics_file).values())
+    train, valid = (_points(metrics_file, kind, lines) for kind, lines in read_metrics(metrics_file).items())
     if not valid:
         raise UserError(f"{metrics_file} has no validation line: there is no valid_loss to compare.")
     inputs = _read_inputs(folder)
-    bare = Run(name or folder.resolve().name, folder, config, train, valid, inputs=inputs, starts=_read_starts(folder))
-    evaluation, cache = _read_evaluation(bare), _read_cache(bare)
-    curves = {kind: _count_cache(bare, getattr(bare, kind), cache) for kind in ("train", "valid")}
+    run = Run(name or folder.resolve().name, folder, config, train, valid, inputs=inputs, starts=_read_starts(folder))
+    evaluation, cache = _read_evaluation(run), _read_cache(run)
     if inputs is None and evaluation:
         inputs = {"data.valid": evaluation.fingerprint}
-    return replace(bare, evaluation=evaluation, inputs=inputs, cache=cache, **curves)
+    train, valid = (_add_cache_flops(run, points, cache) for points in (train, valid))
+    return replace(run, evaluation=evaluation, inputs=inputs, cache=cache, train=train, valid=valid)
 
 
 def read_metrics(file: Path) -> dict[str, dict[int, dict]]:
-    """Kind → line number → record, of the lines of metrics.jsonl that still hold after every resumption. Raises
-    UserError."""
+    """Kind → line number → record, for the lines of metrics.jsonl that are still valid after every resume. Raises
+    UserError if a line has no usable step."""
     kept: dict[str, dict[int, dict]] = {kind: {} for kind in KINDS}
     lines = file.read_text(errors="replace").splitlines()
     for number, text in enumerate(lines, start=1):
@@ -161,71 +166,65 @@ def read_metrics(file: Path) -> dict[str, dict[int, dict]]:
             record = dict(json.loads(text))
         except (ValueError, TypeError):
             place = "the last line" if number == len(lines) else f"line {number}"
-            log.warning("%s: %s is torn (the run was killed while writing it?) and is left out.", file, place)
+            log.warning("%s: %s is truncated (the run was killed while writing it?) and is skipped.", file, place)
             continue
         kind = next((kind for kind in reversed(KINDS) if kind in record), None)
         if kind is None:
             continue
-        try:
+        with _refuse_bad_numbers(file, number, kind):
             step = record["step"] = int(record["step"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{file}:{number}: {_needs_numbers(kind, error)}") from None
-        # A resumed run goes back to its checkpoint: what it had written from that step on did not happen.
+        # A resumed run goes back to its checkpoint: the lines that it had written from that step on are void.
         while kept[kind] and next(reversed(kept[kind].values()))["step"] >= step:
             kept[kind].popitem()
         kept[kind][number] = record
     return kept
 
 
-def _points(file: Path, lines: dict[int, dict]) -> tuple[Point, ...]:
+def _points(file: Path, kind: str, lines: dict[int, dict]) -> tuple[Point, ...]:
     points: list[Point] = []
     for number, line in lines.items():
-        kind = next(kind for kind in reversed(KINDS) if kind in line)
-        try:
-            point = _point(line, kind)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{file}:{number}: {_needs_numbers(kind, error)}") from None
-        for axis in ("tokens", "flops", "teacher_flops", "seconds"):
-            if points and getattr(point, axis) < getattr(points[-1], axis):
-                problem = f"{axis} is lower at step {point.step} than before it; that log cannot be trusted."
+        with _refuse_bad_numbers(file, number, kind):
+            costs = {axis: float(line.get(axis) or 0.0) for axis in COSTS} | {"tokens": float(line["tokens"])}
+            if infinite := [axis for axis in COSTS if not math.isfinite(costs[axis])]:
+                raise ValueError(f"{infinite[0]} is {costs[infinite[0]]}")
+            loss = math.nan if line[kind] is None else float(line[kind])
+        for axis, cost in costs.items():
+            if points and cost < getattr(points[-1], axis):
+                problem = f"{axis} is lower at step {line['step']} than before it; that log cannot be trusted."
                 raise UserError(f"{file}: {problem}")
-        points.append(point)
+        points.append(Point(step=line["step"], loss=loss, **costs))
     return tuple(points)
 
 
-def _point(line: dict, kind: str) -> Point:
-    spent = {name: float(line.get(name) or 0.0) for name in ("flops", "teacher_flops", "seconds")}
-    spent["tokens"] = float(line["tokens"])
-    if endless := [name for name, value in spent.items() if not math.isfinite(value)]:
-        raise ValueError(f"{endless[0]} is {spent[endless[0]]}")
-    return Point(step=line["step"], loss=math.nan if line[kind] is None else float(line[kind]), **spent)
-
-
-def _needs_numbers(kind: str, error: Exception) -> str:
-    return f"a {kind} line needs numbers for its step and what was spent ({error})."
+@contextmanager
+def _refuse_bad_numbers(file: Path, number: int, kind: str) -> Iterator[None]:
+    """Turn an error from a missing or unusable number into a UserError that names the line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        problem = f"a {kind} line needs finite numbers for its step and its costs ({error})."
+        raise UserError(f"{file}:{number}: {problem}") from None
 
 
 def _read_inputs(run: Path) -> dict | None:
     for folder in reversed(list_checkpoints(run)):
-        try:
+        with suppress(UserError):
             return read_checkpoint_manifest(folder)["inputs"]
-        except UserError:
-            continue
     return None
 
 
 def _read_evaluation(run: Run) -> Evaluation | None:
+    """The evaluation with the highest step among those on the run's own data.valid."""
     found, own = [], (run.inputs or {}).get("data.valid")
     for file in sorted((run.folder / "evals").glob("*.json")):
         try:
             values = json.loads(file.read_text())
             fingerprint, data = str(values["data_fingerprint"]), _same_path(str(values["data"]))
-            if fingerprint != own if own else data != _same_path(str(run.setting("data.valid"))):
-                continue
-            numbers = (int(values[name]) for name in ("num_sequences", "context"))
-            found.append(Evaluation(int(values["step"]), float(values["valid_loss"]), *numbers, fingerprint))
+            if fingerprint == own if own else data == _same_path(str(run.setting("data.valid"))):
+                windows = (int(values[name]) for name in ("num_sequences", "context"))
+                found.append(Evaluation(int(values["step"]), float(values["valid_loss"]), *windows, fingerprint))
         except (OSError, KeyError, TypeError, ValueError, OverflowError):
-            log.warning("%s is no evaluation by tools/evaluate.py and is left out.", file)
+            log.warning("%s is not an evaluation by tools/evaluate.py and is skipped.", file)
     return max(found, key=lambda evaluation: evaluation.step, default=None)
 
 
@@ -237,9 +236,9 @@ def _read_starts(folder: Path) -> tuple[Start, ...]:
         return ()
 
 
-def _command(words: list[str]) -> str:
-    """As it is typed in a checkout, wherever that was."""
-    return shlex.join(["/".join(Path(words[0]).parts[-2:]), *words[1:]])
+def _command(arguments: list[str]) -> str:
+    """The command line as one types it in the root of a checkout."""
+    return shlex.join(["/".join(Path(arguments[0]).parts[-2:]), *arguments[1:]])
 
 
 def _read_cache(run: Run) -> dict | None:
@@ -251,19 +250,20 @@ def _read_cache(run: Run) -> dict | None:
         return None
 
 
-def _count_cache(run: Run, points: tuple[Point, ...], cache: dict | None) -> tuple[Point, ...]:
-    """The points with what it cost to label, once, those of their tokens that the live teacher did not label.
+def _add_cache_flops(run: Run, points: tuple[Point, ...], cache: dict | None) -> tuple[Point, ...]:
+    """Add the FLOPs of the label cache to `teacher_flops`: each cached token counts once, and tokens that the live
+    teacher labelled do not count again.
 
-    Where a live teacher also distills, its FLOPs do not tell what it labelled: the cache is taken to be complete.
+    If a live teacher also distills, its FLOPs do not show how much it labelled; the cache then counts as complete.
     """
     if not cache:
         return points
-    a_token, most = cache["flops_per_token"], cache["num_windows"] * cache["context"]
+    flops_per_token, cached_tokens = cache["flops_per_token"], cache["num_windows"] * cache["context"]
     counted = []
     for point in points:
         labelling = 0.0 if run.method.distills else point.teacher_flops
-        live = labelling / (a_token * point.tokens) if a_token * point.tokens else 1.0
-        cached = max(0.0, 1 - live) * a_token * min(point.tokens, most)
+        live_share = labelling / (flops_per_token * point.tokens) if flops_per_token * point.tokens else 1.0
+        cached = max(0.0, 1 - live_share) * flops_per_token * min(point.tokens, cached_tokens)
         counted.append(replace(point, teacher_flops=point.teacher_flops + cached))
     return tuple(counted)
 

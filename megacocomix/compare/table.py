@@ -1,4 +1,4 @@
-"""The results in the form of the paper's Table 1: perplexities and zero-shot tasks, over seeds where there are some."""
+"""The results in the form of the paper's Table 1: perplexities and zero-shot tasks, as means over seeds."""
 
 import json
 import logging
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from megacocomix.compare.groups import Group, Spread
 from megacocomix.compare.runs import Run
-from megacocomix.compare.warnings import by_value
+from megacocomix.compare.summary import by_value
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A task of the table, the metric of it that the paper quotes, and the head over it."""
+    """A task, the metric that the paper reports for it, and the head of its column."""
 
     task: str
     metric: str
@@ -22,11 +22,11 @@ class Column:
 
     @property
     def is_perplexity(self) -> bool:
-        """Else an accuracy, shown in per cent."""
+        """Otherwise it is an accuracy, shown in per cent."""
         return "perplexity" in self.metric
 
     def write(self, value: float) -> str:
-        """One decimal, as the paper has them."""
+        """The value with one decimal, as in the paper."""
         return f"{value if self.is_perplexity else 100 * value:,.1f}"
 
 
@@ -52,18 +52,18 @@ class Tasks:
     """Harness, limit, precision, shots."""
 
     def value(self, column: Column) -> dict | None:
-        """`value` and `stderr`."""
+        """`value` and `stderr` of the metric; None if it is absent or not finite."""
         metric = self.results.get(column.task, {}).get("metrics", {}).get(column.metric)
         return metric if metric and metric.get("value") is not None and math.isfinite(metric["value"]) else None
 
     def made_by(self, column: Column) -> dict[str, str]:
-        """All that must be the same for two results to be compared."""
+        """Everything that must be equal for two results to be comparable."""
         result = self.results[column.task]
         return self.conditions | {key: str(result.get(key)) for key in ("version", "source", "num_samples")}
 
 
 def read_tasks(run: Run) -> Tasks | None:
-    """The task results of the highest step of a run, None where there are none."""
+    """The task results of a run's highest step; None if there are none."""
     for file in sorted((run.folder / "evals" / "tasks").glob("step-*.json"), reverse=True):
         try:
             values = json.loads(file.read_text())
@@ -71,32 +71,32 @@ def read_tasks(run: Run) -> Tasks | None:
             results = {task: result for task, result in dict(values["results"]).items() if dict(result["metrics"])}
             return Tasks(int(values["step"]), results, conditions)
         except (OSError, KeyError, TypeError, ValueError):
-            log.warning("%s holds no task results of tools/evaluate.py and is left out.", file)
+            log.warning("%s holds no task results of tools/evaluate.py and is skipped.", file)
     return None
 
 
 def table_1(groups: list[Group]) -> tuple[list[str], list[list[str]], list[str]]:
-    """Head, rows, and what stands against reading them as they are."""
+    """Head, rows, and warnings about the results."""
     tasks = {run.name: read_tasks(run) for group in groups for run in group.runs}
     any_task = any(tasks.values())
-    refused, said = _refused(tasks)
-    head, validation = _validation(groups)
+    refused, warnings = _refused(tasks)
+    validation_head, validation = _validation(groups)
     columns = [column for column in COLUMNS if any_task]
-    head = ["run", "layers × width", head, *(column.head for column in columns)]
+    head = ["run", "layers × width", validation_head, *(column.head for column in columns)]
     rows = []
     for group, perplexity in zip(groups, validation, strict=True):
         found = {column: None if column in refused else _over_seeds(group, tasks, column) for column in columns}
-        size = f"{group.setting('model.num_layers', '–')} × {group.setting('model.hidden_size', '–')}"
         cells = [found[column][1] if found[column] else "–" for column in columns]
-        row = [group.name, size, perplexity.text(VALIDATION.write), *cells]
+        row = [group.name, group.size, perplexity.text(VALIDATION.write), *cells]
         rows.append(row + (_means(perplexity, {c: f[0] for c, f in found.items() if f}) if any_task else []))
     if any_task:
         head += ["mean ppl ↓", "mean acc ↑"]
-    return head, rows, said + _early(groups, tasks)
+    return head, rows, warnings + _early(groups, tasks)
 
 
 def _validation(groups: list[Group]) -> tuple[str, list[Spread]]:
-    """The held-out evaluation where all groups have the same one, else the final validation."""
+    """Head and perplexity of each group: of the full evaluation if all groups have one over the same windows, else of
+    the final validation."""
     texts = {group.evaluations[0].text if group.evaluations else None for group in groups}
     full = len(texts) == 1 and None not in texts
     losses = [[one.loss for one in (group.evaluations if full else group.at_end)] for group in groups]
@@ -105,7 +105,7 @@ def _validation(groups: list[Group]) -> tuple[str, list[Spread]]:
 
 
 def _over_seeds(group: Group, tasks: dict[str, Tasks | None], column: Column) -> tuple[float, str] | None:
-    """Mean and cell: ± the standard deviation over seeds, or with one seed ± the harness's standard error."""
+    """Mean and text of a cell: ± the standard deviation over seeds, or for one seed ± the harness's standard error."""
     results = [value for run in group.runs if (each := tasks[run.name]) and (value := each.value(column))]
     spread = Spread.of([result["value"] for result in results])
     if spread is None:
@@ -117,16 +117,16 @@ def _over_seeds(group: Group, tasks: dict[str, Tasks | None], column: Column) ->
 
 
 def _means(validation: Spread, found: dict[Column, float]) -> list[str]:
-    """Mean of the perplexities that are there, and of the accuracies where all are."""
+    """The mean of the perplexities that are present, and of the accuracies if all are present."""
     perplexities = [validation.mean, *(value for column, value in found.items() if column.is_perplexity)]
     accuracies = [value for column, value in found.items() if not column.is_perplexity]
-    of = f" (of {len(perplexities)})" if len(perplexities) < 3 else ""
-    mean = f"{sum(perplexities) / len(perplexities):,.1f}{of}"
+    some = f" (of {len(perplexities)})" if len(perplexities) < 3 else ""
+    mean = f"{sum(perplexities) / len(perplexities):,.1f}{some}"
     return [mean, f"{100 * sum(accuracies) / len(accuracies):.1f}" if len(accuracies) == 5 else "–"]
 
 
 def _refused(tasks: dict[str, Tasks | None]) -> tuple[set[Column], list[str]]:
-    """Columns whose results were not made alike, and a caution for each way in which they were not."""
+    """Columns whose results were measured under different conditions, and a warning for each kind of difference."""
     refused: dict[str, list[Column]] = {}
     for column in COLUMNS:
         made = {name: each.made_by(column) for name, each in tasks.items() if each and each.value(column)}
@@ -135,11 +135,11 @@ def _refused(tasks: dict[str, Tasks | None]) -> tuple[set[Column], list[str]]:
         if different:
             how = "; ".join(f"{key} {by_value((name, made[name][key]) for name in made)}" for key in different)
             refused.setdefault(how, []).append(column)
-    said = [
-        f"**Not compared: {', '.join(column.task for column in columns)}**, because it was not measured alike: {how}."
+    warnings = [
+        f"**Not compared: {', '.join(column.task for column in columns)}**, because the conditions differ: {how}."
         for how, columns in refused.items()
     ]
-    return {column for columns in refused.values() for column in columns}, said
+    return {column for columns in refused.values() for column in columns}, warnings
 
 
 def _early(groups: list[Group], tasks: dict[str, Tasks | None]) -> list[str]:

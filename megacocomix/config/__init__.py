@@ -1,1 +1,1 @@
-"""Every option of a run, how a recipe is read, and the rules between options. Imports nothing heavy."""
+"""All options of a run, the reader of recipes, and the rules between options. Imports no heavy package."""

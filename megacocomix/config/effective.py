@@ -1,7 +1,7 @@
-"""What a run's settings mean: which of them have an effect on it, and which row of the paper it is.
+"""Which settings have an effect on a run, and which row of the paper the run is.
 
-Read from the resolved config, never from a name. Configs of earlier versions lack options that were added since; the
-preset of their method.name has the values that they ran with.
+Both answers come from the resolved options, never from a name. Configs of earlier versions lack newer options: the
+preset of their method.name has the values that those runs used.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megacocomix.config.method import PRESETS, MethodConfig
+from megacocomix.config.method import MethodConfig
 from megacocomix.errors import UserError
 
-# Sections that say where a run is written and how often, not what is computed.
+# Sections that affect where and how often a run writes, not its computation.
 BOOKKEEPING = ("run", "checkpoint", "logging")
 
 
@@ -42,7 +42,7 @@ USED_BY: dict[str, Callable[[MethodConfig], bool]] = {
     "teacher.sae_layer": lambda method: method.learns_concepts or method.learns_hidden,
     "teacher.location": lambda method: method.learns_concepts or method.learns_hidden,
 }
-"""Settings that are used by some methods alone. Of the others, teacher.* is used where there is a teacher."""
+"""Settings that only some methods use → whether a method uses it. Any other teacher.* setting needs a teacher."""
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
@@ -54,32 +54,27 @@ def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def read_method(config: dict, where: str) -> MethodConfig:
-    """The method section with its preset filled in; one that is absent is next-token prediction. Raises UserError."""
+    """The method section with its preset filled in. A missing section means next-token prediction. Raises UserError."""
     section = config.get("method") or {"name": "ntp"}
     given = {key: value for key, value in section.items() if value is not None and key in MethodConfig.model_fields}
     try:
-        return MethodConfig(**PRESETS.get(str(given.get("name")), {}) | given)
+        return MethodConfig(**given).resolved()
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{where}: method.{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
 
 
 def settings_in_effect(config: dict, method: MethodConfig) -> dict[str, Any]:
-    """The config as `section.key` → value, without what its method carries but does not use."""
+    """The config as `section.key` → value, without the settings that its method does not use."""
     flat = flatten(config)
     if "method" in config:
         flat |= {key: value for key, value in flatten({"method": method.model_dump()}).items() if value is not None}
-    return {key: value for key, value in flat.items() if _is_used(key, method)}
-
-
-def _is_used(key: str, method: MethodConfig) -> bool:
-    if key in USED_BY and not USED_BY[key](method):
-        return False
-    return method.has_teacher or not key.startswith("teacher.")
+    used = {key: value for key, value in flat.items() if key not in USED_BY or USED_BY[key](method)}
+    return {key: value for key, value in used.items() if method.has_teacher or not key.startswith("teacher.")}
 
 
 def row_of_the_paper(method: MethodConfig) -> str | None:
-    """What the paper calls this composition, None where it has no such row."""
+    """The paper's name for this method, None if the paper has no such row."""
     kd = "KD" if method.distills else ""
     if not _has_module(method):
         return kd or "NTP"

@@ -1,5 +1,5 @@
-"""A recipe → a config, in layers of which a later one wins: the preset that the file names, the file, the preset that
-the command line names, the command line."""
+"""Read a recipe. It has four layers, of which a later one wins: the preset that the file names, the file's options, the
+preset that the command line names, the command line's options."""
 
 import copy
 from pathlib import Path
@@ -10,14 +10,13 @@ from pydantic import ValidationError
 from megacocomix.config.method import COCOMIX, PRESETS
 from megacocomix.config.renamed import RENAMED
 from megacocomix.config.schema import Config, section_type
-from megacocomix.config.section import Section
 from megacocomix.config.yaml_text import parse_yaml
 from megacocomix.errors import UserError, nearest
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read FILE, put `section.key=value` overrides over it, resolve the null defaults. All problems are reported in one
-    UserError."""
+    """Read a recipe, apply `section.key=value` overrides, resolve the null defaults. Raises one UserError with every
+    problem."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -29,7 +28,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
 
 
 def build_config(values: dict, name: str = "config") -> Config:
-    """Check nested values against the fields and resolve the null defaults. Raises one UserError with every problem."""
+    """Validate nested values and resolve the null defaults. Raises one UserError with every problem."""
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -38,70 +37,64 @@ def build_config(values: dict, name: str = "config") -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back to the same config."""
+    """The resolved config as YAML. `load_config` reads the same config back from it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
 
 
-def _parse_override(override: str) -> tuple[list[str], object]:
-    """`section.key=value` → its keys and its value."""
-    key, equals, text = override.partition("=")
-    section, _, field = key.partition(".")
-    if not equals or not section or key.endswith("."):
+def _parse_override(override: str) -> tuple[str, str, object]:
+    """`section.key=value` → section, key (empty for a plain key such as run) and value."""
+    name, equals, text = override.partition("=")
+    section, _, key = name.partition(".")
+    if not equals or not section or name.endswith("."):
         raise UserError(f"override {override!r} is not section.key=value, such as training.steps=100.")
-    return [section, field] if field else [section], parse_yaml(text, f"override {key}")
+    return section, key, parse_yaml(text, f"override {name}")
 
 
-def _merge_layers(file: dict, overrides: list[tuple[list[str], object]]) -> dict:
-    """The layers as one. A file's own preset needs none of its own: options that are null take its values later."""
+def _merge_layers(file: dict, overrides: list[tuple[str, str, object]]) -> dict:
+    """All layers as one config. The preset that the file names is missing: `_resolve_defaults` fills it in later, where
+    an option is still null."""
     preset = {}
-    for keys, value in overrides:
-        if keys == ["method", "name"]:
+    for section, key, value in overrides:
+        if (section, key) == ("method", "name"):
             preset = PRESETS.get(str(value), {})
     values = copy.deepcopy(file)
     if isinstance(values.get("method"), dict):
         values["method"] |= preset
-    merged = _put_over(copy.deepcopy(values), overrides)
+    merged = _apply(overrides, copy.deepcopy(values))
     model, method = values.get("model"), merged.get("method")
     if isinstance(model, dict) and isinstance(method, dict):
         predict = method.get("predict") or PRESETS.get(str(method.get("name")), COCOMIX)["predict"]
-        # A method without predictions is as wide as the control of equal activated parameters.
+        # A method without predictions takes the width of the control with as many activated parameters.
         if predict == "nothing" and (width := model.pop("control_hidden_size", None)) is not None:
             model["hidden_size"] = width
-            return _put_over(values, overrides)
+            return _apply(overrides, values)
     return merged
 
 
-def _put_over(values: dict, overrides: list[tuple[list[str], object]]) -> dict:
-    for (section, *field), value in overrides:
-        if not field:
+def _apply(overrides: list[tuple[str, str, object]], values: dict) -> dict:
+    for section, key, value in overrides:
+        if not key:
             values[section] = value
         elif isinstance(values.setdefault(section, {}), dict):
-            values[section][field[0]] = value
+            values[section][key] = value
         else:
-            raise UserError(f"override {section}.{field[0]}: {section} is not a section.")
+            raise UserError(f"override {section}.{key}: {section} is not a section.")
     return values
 
 
 def _resolve_defaults(config: Config) -> Config:
-    method, reference = config.method.resolved(), config.method.match_reference
-
-    def fill(section: Section, field: str, ours, theirs) -> Section:
-        value = getattr(section, field)
-        return section if value is not None else section.model_copy(update={field: theirs if reference else ours})
-
-    parallel = config.parallel
-    if parallel.sequence is None:
-        parallel = parallel.model_copy(update={"sequence": parallel.tensor > 1})
-    if parallel.reshard_after_forward is None:
-        holds = parallel.pipeline > 1 and parallel.zero == 3
-        parallel = parallel.model_copy(update={"reshard_after_forward": not holds})
+    parallel, reference = config.parallel, config.method.match_reference
+    defaults = {
+        "parallel": {
+            "sequence": parallel.tensor > 1,
+            "reshard_after_forward": parallel.pipeline == 1 or parallel.zero < 3,
+        },
+        "model": {"dropout": 0.1 if reference else 0.0},
+        "method": PRESETS[config.method.name] | {"mask_unlabelled": not reference},
+        "optimizer": {"decay": "all" if reference else "matrices"},
+    }
     return config.model_copy(
-        update={
-            "parallel": parallel,
-            "model": fill(config.model, "dropout", 0.0, 0.1),
-            "method": fill(method, "mask_unlabelled", True, False),
-            "optimizer": fill(config.optimizer, "decay", "matrices", "all"),
-        }
+        update={section: getattr(config, section).with_defaults(values) for section, values in defaults.items()}
     )
 
 

@@ -1,6 +1,6 @@
-"""The `method` section: CoCoMix, its baselines and ablations as compositions of a few options, and names for them.
+"""The `method` section: CoCoMix, its baselines and its ablations are combinations of a few options, with names.
 
-No class and no branch of the program knows a row of the paper: everything else asks for the options.
+No other part of the program knows the rows of the paper. It only reads the options.
 """
 
 from typing import Literal
@@ -17,7 +17,8 @@ COCOMIX = {
     "concept_weight": 0.1,
     "kd_weight": 0.0,
 }
-# What has no meaning without slots, or without attributions, is reset: a preset is valid over any recipe.
+# These options have no meaning without slots, or without attributions. Presets reset them, so that a preset is valid
+# on top of any recipe.
 WITHOUT_SLOTS = {"interleave_every": 1}
 WITHOUT_ATTRIBUTION = {"label_sign": "positive"}
 PRESETS = {
@@ -34,7 +35,7 @@ PRESETS = {
     "activation": COCOMIX | {"label_source": "activation"} | WITHOUT_ATTRIBUTION,
     "random": COCOMIX | {"label_source": "random"} | WITHOUT_ATTRIBUTION,
 }
-"""method.name → the options of the method section that it sets: the paper's method, its baselines, its ablations."""
+"""method.name → the options of the method section that it sets. The paper's method, its baselines, its ablations."""
 ARCHITECTURE = (
     "predict",
     "mix",
@@ -45,77 +46,76 @@ ARCHITECTURE = (
     "num_kept",
     "target_size",
 )
-"""Options of the method section that decide which parameters a model has and what it computes: what exported folders,
-converters and training.init_from carry of a method."""
+"""Options of the method section that decide a model's parameters and computation. Exported folders, converters and
+training.init_from keep these options only."""
 Preset = Literal[tuple(PRESETS)]
 
 
 class MethodConfig(Section):
-    """What is trained besides the next token: what is predicted × what is mixed in × how × where labels come from ×
-    distillation."""
+    """What is trained besides the next token: the prediction × what is mixed in × how it is mixed in × the source of
+    labels × distillation."""
 
     name: Preset
-    """Sets the options below that are null; one that is written out wins. ntp is none of them, cocomix the method; the
-    table under this one says what each name sets. Named on the command line it goes over what the recipe writes out,
-    and under the other options of the command line."""
+    """Sets the options below that are null; an option that is written out wins. ntp is next-token prediction alone,
+    cocomix the paper's method; the next table lists what each name sets. A name given on the command line overrides
+    the options in the recipe, but not the other options on the command line."""
     predict: Literal["concepts", "hidden", "nothing"] | None = None
     """What is predicted from the hidden state before insertion_layer. concepts: logits of the autoencoder's latents.
     hidden: the teacher's hidden state at sae_layer, standardised, by an MLP of two layers (paper §3.3)."""
     mix: Literal["predicted", "pause", "nothing"] | None = None
-    """What joins the hidden states there. predicted: what is predicted, compressed to one vector. pause: a learned
-    vector, the same everywhere."""
+    """What is mixed into the hidden states there. predicted: the prediction, compressed to one vector. pause: one
+    learned vector, the same at every position."""
     placement: Literal["interleave", "add"] | None = None
-    """interleave: in a slot of its own after its token; the slot predicts the next token in the token's place. add:
-    added to the token's hidden state."""
+    """interleave: the vector gets a slot of its own after its token; the slot predicts the next token instead of the
+    token. add: the vector is added to the token's hidden state."""
     interleave_every: Positive = 1
-    """A slot after every n-th token. The other tokens predict from their own position; nothing is predicted for them
-    but the next token."""
+    """A slot after every n-th token. The other tokens predict the next token from their own position, and nothing
+    else is predicted for them."""
     insertion_layer: NonNegative = 5
-    """The concept module stands before this block (0-based); this and later blocks run on its slots too."""
+    """The concept module runs before this block (0-based); this and later blocks also run on its slots."""
     num_concepts: Positive = 32768
     """Concepts C of the prediction head: the number of latents of the teacher's sparse autoencoder."""
     num_kept: Positive = 32
     """Predicted concepts K kept for the continuous concept (largest raw logits)."""
     num_labels: Positive = 4
-    """Concept labels K_attr a position, taken from the concepts that are active in the teacher there."""
+    """Concept labels K_attr per position, chosen among the concepts that are active in the teacher there."""
     label_source: LabelSource | None = None
-    """What puts a concept first. attribution: how much its growth would change the teacher's loss. activation: how
-    strongly it is active (paper §3.3). random: nothing, which is the control."""
+    """How the active concepts are ranked. attribution: by how much the teacher's loss changes as the concept grows.
+    activation: by activation (paper §3.3). random: in random order, as a control."""
     label_sign: LabelSign = "positive"
-    """Which attributions count. positive: of concepts that raise the teacher's loss (the published code). negative:
-    that lower it. absolute: either."""
+    """Which concepts count under attribution. positive: those that raise the teacher's loss (the published code).
+    negative: those that lower it. absolute: both."""
     label_end_of_text: bool = True
-    """Whether positions whose token is the tokenizer's end of text are labelled."""
+    """Whether positions whose token is the tokenizer's end-of-text token are labelled."""
     concept_weight: NonNegativeFloat | None = None
-    """Weight λ of the loss of what is predicted. 0 needs no teacher."""
+    """Weight λ of the prediction's loss. 0 needs no teacher."""
     hidden_loss: Literal["l1", "l2", "cosine"] = "l2"
-    """Distance of a predicted hidden state from the teacher's: mean over the width of its absolute or squared
-    difference, or 1 − cosine."""
+    """Distance of a predicted hidden state from the teacher's: mean absolute or squared difference over the width, or
+    1 − cosine."""
     target_size: Positive = 768
-    """Width of the teacher's hidden state, where that is predicted."""
+    """Width of the teacher's hidden state, for predict: hidden."""
     kd_weight: NonNegativeFloat | None = None
     """Weight of the divergence KL(teacher ‖ student) of the next-token distributions, over the whole vocabulary."""
     mask_unlabelled: bool | None = None
-    """Leave positions without a signal (the last of a window; fewer than num_labels concepts on label_sign's side) out
-    of the concept loss. null means true, or false with method.match_reference (the reference trains on arbitrary
-    indices there)."""
+    """Leave positions without labels out of the concept loss: the last of a window, and those with fewer than
+    num_labels concepts of label_sign. null means true, or false with method.match_reference (the reference trains on
+    arbitrary indices there)."""
     match_reference: bool = False
-    """Follow the published code wherever we differ on purpose: the null defaults of model.dropout,
-    method.mask_unlabelled and optimizer.decay take the reference's values. A value that is written out wins."""
+    """Follow the published code where we differ on purpose: null values of model.dropout, method.mask_unlabelled and
+    optimizer.decay become the reference's values. A value that is written out wins."""
 
     def resolved(self) -> "MethodConfig":
-        """With what `name` sets in the place of null."""
-        preset = PRESETS[self.name].items()
-        return self.model_copy(update={key: value for key, value in preset if getattr(self, key) is None})
+        """A copy in which the preset of `name` replaces null."""
+        return self.with_defaults(PRESETS[self.name])
 
     @property
     def learns_concepts(self) -> bool:
-        """Whether concepts are predicted against labels."""
+        """Whether the prediction of concepts is trained on labels."""
         return self.predict == "concepts" and self.concept_weight > 0
 
     @property
     def learns_hidden(self) -> bool:
-        """Whether the teacher's hidden state is predicted against the true one."""
+        """Whether the prediction of the teacher's hidden state is trained."""
         return self.predict == "hidden" and self.concept_weight > 0
 
     @property
@@ -130,12 +130,12 @@ class MethodConfig(Section):
 
     @property
     def has_module(self) -> bool:
-        """Whether a concept module stands before insertion_layer."""
+        """Whether there is a concept module before insertion_layer."""
         return self.predict != "nothing" or self.mix != "nothing"
 
     @property
     def is_published(self) -> bool:
-        """Whether the published code has such a concept module."""
+        """Whether the concept module has the structure of the published code's."""
         parts = (self.predict, self.mix, self.placement, self.interleave_every)
         return parts == ("concepts", "predicted", "interleave", 1)
 
@@ -145,5 +145,5 @@ class MethodConfig(Section):
         return self.mix != "nothing" and self.placement == "interleave"
 
     def num_slots(self, num_tokens: int) -> int:
-        """Slots among this many tokens, from insertion_layer on."""
+        """Number of slots that this many tokens get, from insertion_layer on."""
         return num_tokens // self.interleave_every if self.interleaves else 0

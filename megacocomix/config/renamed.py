@@ -1,9 +1,10 @@
-"""Options that had another name, and files with the old names → files with the new ones (tools/upgrade_config.py).
+"""Renamed options, and the upgrade of files that have the old names (tools/upgrade_config.py).
 
-A config with an old name is refused with the new one named, never translated silently.
+A config with an old name is refused with an error that gives the new name. It is never translated silently.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from megacocomix.files import write_json, write_text
 
 
 class NewName(NamedTuple):
-    """What an option is called now, and what its values are called where they changed too."""
+    """The new name of an option, and the new names of its values if they changed too."""
 
     key: str
     values: dict[str, bool] | None = None
@@ -33,14 +34,14 @@ RENAMED = {
 
 
 def upgrade(path: Path) -> list[str]:
-    """Give the options in a recipe, a plan of a sweep, a run (its config and all its checkpoints) or a checkpoint their
-    new names; comments and order stay. Returns a line for each change. Raises UserError for what is none of these."""
+    """Rename options in a recipe, a sweep's plan, a run (its config and all its checkpoints) or a checkpoint. Comments
+    and order stay. Returns one line per change. Raises UserError if `path` is none of these."""
     if path.is_file():
         return _upgrade_yaml(path)
     manifests = sorted(path.glob("checkpoints/step-*/checkpoint.json")) or [path / "checkpoint.json"]
     found = [file for file in (path / "config.yaml", *manifests) if file.is_file()]
     if not found:
-        raise UserError(f"{path} is no recipe, no run and no checkpoint: it has no config.yaml and no checkpoint.json.")
+        raise UserError(f"{path} is not a recipe, run or checkpoint: it has no config.yaml and no checkpoint.json.")
     return [line for file in found for line in (_upgrade_yaml if file.suffix == ".yaml" else _upgrade_manifest)(file)]
 
 
@@ -51,34 +52,32 @@ def _upgrade_yaml(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split()):.120}.") from None
     edits = [edit for edit in _yaml_edits(root, "") if text[edit[0] : edit[1]] != edit[2]]
-    for start, stop, new in sorted(edits, reverse=True):  # from the end: places before it stay where they are
+    for start, stop, new in sorted(edits, reverse=True):  # from the end, so that earlier positions stay valid
         text = text[:start] + new + text[stop:]
     if edits:
         write_text(file, text)
     return [f"{file}: {name}" for *_, name in sorted(edits)]
 
 
-def _yaml_edits(node: yaml.Node | None, path: str) -> list[tuple[int, int, str]]:
-    """(start, stop, new text) of every old name and value below a node; `path` is its dotted key."""
-    edits = []
+def _yaml_edits(node: yaml.Node | None, path: str) -> Iterator[tuple[int, int, str]]:
+    """(start, stop, new text) of every old name and value below a node. `path` is the node's dotted key."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             dotted = f"{path}.{key.value}" if path else str(key.value)
             if new := RENAMED.get(dotted):
-                edits.append((key.start_mark.index, key.end_mark.index, new.key.rpartition(".")[2]))
+                yield key.start_mark.index, key.end_mark.index, new.key.rpartition(".")[2]
                 if new.values and value.value in new.values:
-                    edits.append((value.start_mark.index, value.end_mark.index, str(new.values[value.value]).lower()))
-            edits += _yaml_edits(value, dotted)
-    elif isinstance(node, yaml.SequenceNode):  # of a plan: section.key=value
+                    yield value.start_mark.index, value.end_mark.index, str(new.values[value.value]).lower()
+            yield from _yaml_edits(value, dotted)
+    elif isinstance(node, yaml.SequenceNode):  # in a plan: items are section.key=value
         for item in node.value:
-            edits += _yaml_edits(item, path)
+            yield from _yaml_edits(item, path)
     elif isinstance(node, yaml.ScalarNode):
         key, equals, value = str(node.value).partition("=")
         if equals and (new := RENAMED.get(key)):
             value = str(new.values[value]).lower() if new.values and value in new.values else value
             quote = node.style or ""
-            edits.append((node.start_mark.index, node.end_mark.index, f"{quote}{new.key}={value}{quote}"))
-    return edits
+            yield node.start_mark.index, node.end_mark.index, f"{quote}{new.key}={value}{quote}"
 
 
 def _upgrade_manifest(file: Path) -> list[str]:
@@ -86,16 +85,16 @@ def _upgrade_manifest(file: Path) -> list[str]:
         manifest = json.loads(file.read_bytes())
         sections = dict(manifest["config"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged: no checkpoint.json of ours.") from None
+        raise UserError(f"{file} is damaged or not a native checkpoint.json.") from None
     lines = []
     for old, new in RENAMED.items():
         section, key = old.split(".")
         values = sections.get(section) or {}
         if key in values:
             value = values.pop(key)
-            values[new.key.rpartition(".")[2]] = new.values.get(value, value) if new.values else value
+            values[new.key.rpartition(".")[2]] = (new.values or {}).get(value, value)
             lines.append(f"{file}: {new.key}")
-        if old in manifest.get("inputs", {}):  # hashes of what was read, by the option that names it
+        if old in manifest.get("inputs", {}):  # option → hash of the file it names
             manifest["inputs"][new.key] = manifest["inputs"].pop(old)
     if lines:
         write_json(file, manifest)

@@ -1,5 +1,4 @@
-"""Every rule that spans fields, or looks at the files a config names. All problems come in one report, each with what
-to do."""
+"""The rules between options. All problems come in one report, each with a remedy."""
 
 from importlib.util import find_spec
 
@@ -8,40 +7,39 @@ from megacocomix.errors import UserError
 
 
 def check_config(config: Config, world: int) -> None:
-    """Check the fields against each other and against the number of processes. Raises one UserError with every
+    """Check the options against each other and against the number of processes. Raises one UserError with every
     problem."""
     if problems := list(_problems(config, world)):
         raise UserError(*problems)
 
 
 def _problems(config: Config, world: int):
-    model, optimizer, training = config.model, config.optimizer, config.training
-    if model.hidden_size % model.num_heads:
-        yield (
-            f"model.num_heads {model.num_heads} does not divide hidden_size {model.hidden_size}. "
-            f"Nearest valid: {_nearest_divisor(model.hidden_size, model.num_heads)}."
-        )
+    optimizer, training = config.optimizer, config.training
+    width, heads = config.model.hidden_size, config.model.num_heads
+    if width % heads:
+        nearest = _nearest_divisor(width, heads)
+        yield f"model.num_heads {heads} does not divide hidden_size {width}. Nearest valid: {nearest}."
     yield from _method_problems(config)
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr {optimizer.min_lr} exceeds lr. Nearest valid: {optimizer.lr}."
     if optimizer.warmup_steps > training.steps:
         nearest = training.steps // 300
-        yield f"optimizer.warmup_steps {optimizer.warmup_steps} exceeds training.steps. The paper's share: {nearest}."
+        yield f"optimizer.warmup_steps {optimizer.warmup_steps} exceeds training.steps. The paper's value: {nearest}."
     if training.stop_after and training.stop_after > training.steps:
         yield f"training.stop_after {training.stop_after} exceeds training.steps. Nearest valid: {training.steps}."
     if config.evaluation.tasks_every and not config.evaluation.tasks:
-        yield "evaluation.tasks_every is how often evaluation.tasks are scored, but there are none. Use null."
+        yield "evaluation.tasks_every needs evaluation.tasks, but there are none. Use null."
     if config.logging.tensorboard and not find_spec("tensorboard"):
         yield "logging.tensorboard needs the package tensorboard: pip install 'megacocomix[tensorboard]'."
     yield from _layout_problems(config, world)
 
 
 def _method_problems(config: Config):
-    """What the parts of the method ask of each other, and of the teacher section."""
-    model, method, teacher = config.model, config.method, config.teacher
+    """Rules between the options of the method, and between the method and the teacher section."""
+    model, method, teacher, every = config.model, config.method, config.teacher, config.method.interleave_every
     if method.has_module and method.insertion_layer >= model.num_layers:
         yield (
-            f"method.insertion_layer {method.insertion_layer} is not before one of the {model.num_layers} blocks. "
+            f"method.insertion_layer {method.insertion_layer} is not one of the {model.num_layers} blocks (0-based). "
             f"Nearest valid: {model.num_layers - 1}."
         )
     if method.predict == "concepts" and method.num_kept > method.num_concepts:
@@ -50,60 +48,56 @@ def _method_problems(config: Config):
         yield "method.mix is predicted, but method.predict is nothing. Use method.mix=pause or method.mix=nothing."
     if method.predict != "nothing" and method.mix != "predicted" and not method.concept_weight:
         yield (
-            f"method.predict {method.predict} is neither mixed in nor learned: method.mix is {method.mix} and "
-            "method.concept_weight 0. Use method.predict=nothing."
+            f"method.predict {method.predict} has no effect: method.mix is {method.mix} and method.concept_weight 0. "
+            "Use method.predict=nothing."
         )
-    if method.interleave_every > 1 and not method.interleaves:
+    if every > 1 and not method.interleaves:
         why = "mixes nothing in" if method.mix == "nothing" else f"has placement {method.placement}"
-        yield f"method.interleave_every {method.interleave_every} spaces slots, but method {why}. Use 1."
-    if method.interleave_every >= model.context:  # a slot after the last token has nothing to predict
-        yield (
-            f"method.interleave_every {method.interleave_every} is not below model.context. "
-            f"Nearest valid: {model.context - 1}."
-        )
+        yield f"method.interleave_every {every} needs slots, but method {why}. Use 1."
+    if every >= model.context:  # no slot, or one after the last token, which has no target
+        yield f"method.interleave_every {every} is not below model.context. Nearest valid: {model.context - 1}."
     if method.label_sign != "positive" and method.label_source != "attribution" and method.learns_concepts:
         yield (
             f"method.label_sign {method.label_sign} chooses among attributions, but method.label_source is "
             f"{method.label_source}. Use positive."
         )
     if method.has_teacher and (teacher is None or (method.learns_concepts and teacher.sae is None)):
-        missing = "teacher is" if teacher is None else "teacher.sae is"
+        missing = "teacher" if teacher is None else "teacher.sae"
         needs = "teacher.model and teacher.sae" if method.learns_concepts else "teacher.model"
         causes = {"predict": method.learns_concepts or method.learns_hidden, "kd_weight": method.distills}
         why = " and ".join(f"{key} {getattr(method, key)}" for key, is_cause in causes.items() if is_cause)
-        yield f"{missing} missing: method.name {method.name} ({why}) needs {needs}."
+        yield f"{missing} is missing: method.name {method.name} ({why}) needs {needs}."
 
 
 def _layout_problems(config: Config, world: int):
-    """What the layout asks of sizes. Everything is said at once, so each rule holds on its own."""
+    """Rules between the layout and the sizes. All are reported together, so no rule may rely on another."""
     model, training, parallel = config.model, config.training, config.parallel
-    tensor, pipeline = parallel.tensor, parallel.pipeline
+    tensor, pipeline, every = parallel.tensor, parallel.pipeline, config.method.interleave_every
+    heads, context, batch = model.num_heads, model.context, training.global_batch
     if problem := grid_problem(world, tensor, pipeline):
         yield problem
     data = max(1, world // (tensor * pipeline))
     unit = training.micro_batch * data
-    if training.global_batch % unit:
+    if batch % unit:
         yield (
-            f"training.global_batch {training.global_batch} is not a multiple of micro_batch {training.micro_batch} "
-            f"× {data} data ranks. Nearest valid: {_nearest_multiple(training.global_batch, unit)}."
+            f"training.global_batch {batch} is not a multiple of micro_batch {training.micro_batch} "
+            f"× {data} data ranks. Nearest valid: {_nearest_multiple(batch, unit)}."
         )
-    if model.num_heads % tensor:
+    if heads % tensor:
+        nearest = _nearest_divisor(heads, tensor)
+        yield f"parallel.tensor {tensor} does not divide model.num_heads {heads}. Nearest valid: {nearest}."
+    if tensor > 1 and parallel.sequence and context % tensor:
         yield (
-            f"parallel.tensor {tensor} does not divide model.num_heads {model.num_heads}. "
-            f"Nearest valid: {_nearest_divisor(model.num_heads, tensor)}."
-        )
-    if tensor > 1 and parallel.sequence and model.context % tensor:
-        yield (
-            f"parallel.tensor {tensor} does not divide model.context {model.context}, whose positions it splits. "
-            f"Nearest valid: model.context={_nearest_multiple(model.context, tensor)}, or parallel.sequence=false."
+            f"parallel.tensor {tensor} does not divide model.context {context}, whose positions it splits. "
+            f"Nearest valid: model.context={_nearest_multiple(context, tensor)}, or parallel.sequence=false."
         )
     if tensor == 1 and parallel.sequence:
         yield "parallel.sequence splits positions among tensor ranks, but parallel.tensor is 1. Use false."
-    if tensor > 1 and parallel.sequence and (model.context // tensor) % config.method.interleave_every:
+    if tensor > 1 and parallel.sequence and (context // tensor) % every:
         yield (
-            f"method.interleave_every {config.method.interleave_every} does not divide the {model.context // tensor} "
-            f"positions of a tensor rank (model.context {model.context} / parallel.tensor {tensor}). Nearest valid: "
-            f"{_nearest_divisor(model.context // tensor, config.method.interleave_every)}, or parallel.sequence=false."
+            f"method.interleave_every {every} does not divide the {context // tensor} positions of a tensor rank "
+            f"(model.context {context} / parallel.tensor {tensor}). Nearest valid: "
+            f"{_nearest_divisor(context // tensor, every)}, or parallel.sequence=false."
         )
     splits = [("model.vocab_size", model.vocab_size)]
     if config.method.predict == "concepts":
@@ -113,7 +107,7 @@ def _layout_problems(config: Config, world: int):
             yield f"{option} {size} is below parallel.tensor {tensor}. Nearest valid: parallel.tensor={size}."
     if tensor > 1 and not parallel.sequence and model.dropout:
         yield (
-            f"parallel.sequence false under parallel.tensor {tensor} would drop other values on each rank "
+            f"parallel.sequence false under parallel.tensor {tensor} would drop different values on each rank "
             f"(model.dropout {model.dropout}). Use parallel.sequence=true or model.dropout=0."
         )
     yield from _stage_problems(config, unit)
@@ -121,8 +115,8 @@ def _layout_problems(config: Config, world: int):
         yield "parallel.zero 0 under training.precision bf16 would reduce gradients in bf16. Use parallel.zero=1."
     if parallel.zero == 2 and pipeline > 1:
         yield (
-            "parallel.zero 2 under a pipeline would cut the two copies of the tied embedding's gradient at different "
-            "places. Use parallel.zero=3 with parallel.reshard_after_forward=false, or parallel.zero=1."
+            "parallel.zero 2 under a pipeline would shard the two copies of the tied embedding's gradient "
+            "differently. Use parallel.zero=3 with parallel.reshard_after_forward=false, or parallel.zero=1."
         )
     if parallel.zero < 3 and not parallel.reshard_after_forward:
         yield (
@@ -152,7 +146,7 @@ def _stage_problems(config: Config, unit: int):
     ):
         yield (
             f"parallel.split_points {points} must be the first blocks of stages 1 to {num_stages - 1}, "
-            f"rising, each below model.num_layers {model.num_layers}. Nearest valid: null (by FLOPs)."
+            f"in increasing order, each below model.num_layers {model.num_layers}. Nearest valid: null (by FLOPs)."
         )
     micro_batches = max(1, training.global_batch // unit)
     if parallel.virtual_stages > 1 and micro_batches % parallel.pipeline:
@@ -165,7 +159,7 @@ def _stage_problems(config: Config, unit: int):
 
 
 def layout_warnings(config: Config, world: int):
-    """What runs, but wastes: lines to print at the start of a run."""
+    """Warnings about a valid but wasteful layout, to print at the start of a run."""
     training, parallel = config.training, config.parallel
     data = world // (parallel.tensor * parallel.pipeline)
     micro_batches = training.global_batch // (training.micro_batch * data)
@@ -187,7 +181,7 @@ def _nearest_divisor(whole: int, value: int) -> int:
 
 
 def grid_problem(world: int, tensor: int, pipeline: int) -> str | None:
-    """Why `world` processes cannot be laid out so, with the nearest layout that they can; None where they can."""
+    """Why `world` processes cannot form this grid, with the nearest one that they can form. None if they can."""
     if world % (tensor * pipeline) == 0:
         return None
     degrees = [(t, p) for t in range(1, world + 1) for p in range(1, world // t + 1) if world % (t * p) == 0]
@@ -201,6 +195,6 @@ def grid_problem(world: int, tensor: int, pipeline: int) -> str | None:
 
 
 def bubble_fraction(pipeline: int, per_rank: int, num_micro: int) -> float:
-    """Share of a step in which a rank waits, with stages of equal cost."""
+    """Share of a step in which a rank waits, for stages of equal cost."""
     idle = (pipeline - 1) / per_rank
     return idle / (idle + num_micro)

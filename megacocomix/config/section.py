@@ -1,6 +1,6 @@
-"""What every section of the config is, and the kinds of numbers in it."""
+"""The base class of every section of the config, and the number types of its options."""
 
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A section of the config: unknown keys refused, no silent type coercion, immutable."""
+    """A section of the config. It refuses unknown keys, never coerces types silently, and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    def with_defaults(self, defaults: dict[str, Any]) -> Self:
+        """A copy in which every null option that is in `defaults` has its value from there."""
+        return self.model_copy(update={key: value for key, value in defaults.items() if getattr(self, key) is None})

@@ -1,4 +1,4 @@
-"""YAML as people mean it: `1e-4` is a number, and a key given twice is an error."""
+"""A YAML parser with two fixes: `1e-4` is a number, and a key given twice is an error."""
 
 import re
 from typing import Any
@@ -27,14 +27,14 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML with the rules of `_Loader`; `name` is said in errors. Raises UserError on malformed text."""
+    """Parse YAML with the rules of `_Loader`. Errors mention `name`. Raises UserError on malformed text."""
     try:
         loader = _Loader(text)
         loader.name = name
         return loader.get_single_data()
+    except UserError:
+        raise
     except (yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from None

@@ -1,7 +1,8 @@
-"""Raw text, document by document, from the kinds of file that people keep it in.
+"""Reads raw text, document by document.
 
-.txt (documents separated by a line `<|endoftext|>`), .jsonl and .jsonl.gz, .parquet, a saved dataset's folder, or a
-name on the Hugging Face Hub. Everything is streamed; a malformed line is named by file and number.
+Sources: .txt (documents separated by a line `<|endoftext|>`), .jsonl and .jsonl.gz, .parquet, the folder of a saved
+dataset, or a name on the Hugging Face Hub. Everything is streamed. An error about a malformed line names the file and
+the line number.
 """
 
 import gzip
@@ -22,10 +23,10 @@ SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 def find_sources(inputs: Sequence[str]) -> list[Path | str]:
-    """What to read, in order: a Path for each file or saved dataset, a str for a name on the Hugging Face Hub.
+    """The sources to read, in order: a Path for each file or saved dataset, a str for a name on the Hugging Face Hub.
 
-    A folder stands for the dataset saved in it, else for every file of a known kind below it, sorted by name.
-    Raises UserError with a line for each input that cannot be found or is of an unknown kind.
+    A folder means the dataset saved in it, or else every file of a known kind below it, sorted by name.
+    Raises UserError with one line for each input that does not exist or is of an unknown kind.
     """
     sources, problems = [], []
     for name in inputs:
@@ -64,10 +65,10 @@ def _sources_in(folder: Path) -> list[Path]:
 
 
 def read_documents(sources: Sequence[Path | str], field: str = "text") -> Iterator[str]:
-    """Every document that holds more than white space, in order, while a progress bar counts the bytes read.
+    """Every document that holds more than white space, in order. A progress bar counts the bytes read.
 
-    A .txt file is cut at lines that read <|endoftext|>; the other kinds have a document in the `field` of each row.
-    Raises UserError that names the file, and the line where there are lines, for what cannot be read.
+    A .txt file is split at lines that read <|endoftext|>. The other kinds hold one document in the `field` of each row.
+    Raises UserError for input that cannot be read; it names the file and, if there are lines, the line.
     """
     with tqdm(total=sum(map(_size, sources)) or None, unit="B", unit_scale=True, desc="reading", disable=None) as bar:
         end = 0
@@ -84,7 +85,7 @@ def read_documents(sources: Sequence[Path | str], field: str = "text") -> Iterat
 
 
 def source_files(source: Path | str) -> list[Path]:
-    """The files behind a source; none for a name on the Hub."""
+    """The files of a source; none for a name on the Hub."""
     if isinstance(source, str):
         return []
     return sorted(source.glob("*.arrow")) if source.is_dir() else [source]
@@ -101,7 +102,7 @@ def _reader(source: Path | str) -> Callable[[Path | str, str, Callable], Iterato
 
 
 def _lines(path: Path, advance: Callable) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their line ends, which are kept as they are; a byte order mark is dropped."""
+    """Line numbers and lines. Line ends are kept unchanged; a byte order mark is removed."""
     with open(path, "rb") as raw:
         position = 0
         lines = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
@@ -161,11 +162,11 @@ def _read_dataset(source: Path | str, field: str, advance: Callable) -> Iterator
 
     try:
         if isinstance(source, Path):
-            rows = datasets.load_from_disk(str(source))  # mapped where it lies
+            rows = datasets.load_from_disk(str(source))  # memory-mapped in place
         else:
-            rows = datasets.load_dataset(source, split="train", streaming=True)  # leaves no copy in a cache
-    except Exception as error:  # whatever its parsers, the network and the Hub's client come up with
-        kind = "is not a readable dataset" if isinstance(source, Path) else "is neither here nor on the Hub"
+            rows = datasets.load_dataset(source, split="train", streaming=True)  # streaming leaves no copy in a cache
+    except Exception as error:  # its parsers, the network and the Hub's client raise many types
+        kind = "is not a readable dataset" if isinstance(source, Path) else "is neither a file nor on the Hub"
         raise UserError(f"{source} {kind}: {textwrap.shorten(str(error), 200)}") from error
     step = _size(source) // max(1, len(rows)) if isinstance(source, Path) else 0
     if rows.column_names:
@@ -190,11 +191,11 @@ def _text(row: dict, field: str, where: str) -> str:
         raise UserError(f"{where}: field {field!r} holds {type(value).__name__}, not text.")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+    except UnicodeEncodeError as error:  # JSON can encode half of a surrogate pair
         raise UserError(f"{where}: field {field!r} is not valid Unicode text.") from error
     return value
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a function of its own text and of nothing else."""
+    """Whether a document belongs to the validation split. It depends only on the document's own text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < fraction * 2**64

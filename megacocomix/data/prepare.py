@@ -1,9 +1,9 @@
-"""Raw text to token shards: read documents in order, tokenise them in parallel, write them in order.
+"""Turns raw text into token shards: reads documents in order, tokenises them in parallel, writes them in order.
 
-What ends up on disk is a function of the inputs and the options alone: not of the number of workers, nor of
-how often the work was interrupted. Every few seconds the shards are flushed and OUT/.partial/state.json records
-how far they go; a restart cuts them back to that point and skips the documents already done. Manifests are
-written last, so a split without one is unfinished. Memory is bounded by the longest document.
+The result depends only on the inputs and the options, not on the number of workers or on interruptions. Every few
+seconds the shards are flushed and OUT/.partial/state.json records their lengths. A restart truncates the shards to
+those lengths and skips the documents already done. Manifests are written last: a split without one is unfinished.
+Memory is bounded by the longest document.
 """
 
 import fcntl
@@ -17,30 +17,18 @@ from itertools import islice
 from pathlib import Path
 
 from megacocomix.data.documents import find_sources, is_validation, read_documents, source_files
-from megacocomix.data.tokenizer import (
-    Tokenizer,
-    encode_in_parallel,
-    load_tokenizer,
-    train_sentencepiece,
-)
-from megacocomix.data.tokens import (
-    MANIFEST,
-    ShardWriter,
-    TokenShards,
-    file_fingerprint,
-    read_manifest,
-    token_dtype,
-)
+from megacocomix.data.tokenizer import Tokenizer, encode_in_parallel, load_tokenizer, train_sentencepiece
+from megacocomix.data.tokens import MANIFEST, ShardWriter, TokenShards, file_fingerprint, read_manifest, token_dtype
 from megacocomix.errors import UserError
 from megacocomix.files import write_json
 
-BATCH_CHARS = 2**18  # what a worker gets at a time
+BATCH_CHARS = 2**18  # given to a worker at a time
 COMMIT_SECONDS = 10  # an interruption costs at most about this much work
 CHUNK_CHARS = 2**20  # longer documents are tokenised in chunks of about this size
-# A line end between two words: GPT-2's pre-tokeniser cuts there too, so the chunks have the tokens of the whole.
-CUT = re.compile(r"(?<=\S)\n(?=\S)")
+# A line end between two words: GPT-2's pre-tokeniser splits there too, so the chunks have the tokens of the whole.
+SPLIT_POINT = re.compile(r"(?<=\S)\n(?=\S)")
 
-Chunk = tuple[str, tuple[str, bool]]  # its text, and with it: its split, whether it ends a document
+Chunk = tuple[str, tuple[str, bool]]  # text, (split, whether the chunk ends a document)
 
 
 def _batches(documents: Iterable[str], valid: float, done: int) -> Iterator[list[Chunk]]:
@@ -60,16 +48,16 @@ def _chunks(documents: Iterable[str], valid: float) -> Iterator[Chunk]:
     for text in documents:
         split = "valid" if is_validation(text, valid) else "train"
         start = 0
-        while cut := CUT.search(text, start + CHUNK_CHARS):
-            yield text[start : cut.end()], (split, False)
-            start = cut.end()
+        while match := SPLIT_POINT.search(text, start + CHUNK_CHARS):
+            yield text[start : match.end()], (split, False)
+            start = match.end()
         yield text[start:], (split, True)
 
 
 def train_tokenizer(
     inputs: Sequence[str], out: str | Path, vocab_size: int, valid: float = 0.0, field: str = "text"
 ) -> Tokenizer:
-    """A SentencePiece tokenizer for `inputs`, trained without the documents of the validation split."""
+    """Train a SentencePiece tokenizer on `inputs`, without the documents of the validation split."""
     if not 0 <= valid < 1:
         raise UserError(f"--valid {valid} is not a fraction from 0 up to 1.")
     documents = read_documents(find_sources(inputs), field)
@@ -87,9 +75,9 @@ def prepare_data(
 ) -> tuple[dict[str, dict], bool]:
     """Tokenise `inputs` into out/train and, with `valid` > 0, about that fraction of documents into out/valid.
 
-    Returns the manifest of each split, and whether they were complete already. Interrupted work of the same
-    settings is continued. Raises UserError, and destroys nothing, for options or inputs that cannot be used, for
-    text without a single token, and when `out` holds anything else than (a part of) this very result.
+    Returns the manifest of each split, and whether they were complete already. Resumes interrupted work with the same
+    settings. Raises UserError, and destroys nothing, for invalid options or inputs, for text without a single token,
+    and if `out` holds anything but this same result or a part of it.
     """
     out = Path(out)
     if not 0 <= valid < 1 or workers < 1 or shard_tokens < 1:
@@ -104,12 +92,12 @@ def prepare_data(
         "valid": valid,
         "shard_tokens": shard_tokens,
     }
-    splits = ["valid", "train"] if valid else ["train"]  # train's manifest, the last, says that all is complete
+    splits = ["valid", "train"] if valid else ["train"]  # train's manifest is written last: then all is complete
     if (out / "train" / MANIFEST).exists():
         _check_same(out, read_manifest(out / "train"), settings)
         for split in splits:
             TokenShards.open(out / split)
-        shutil.rmtree(out / ".partial", ignore_errors=True)  # when the end came between the manifest and this
+        shutil.rmtree(out / ".partial", ignore_errors=True)  # left if killed after the last manifest was written
         return {split: read_manifest(out / split) for split in splits}, True
     try:
         with _lock(out):
@@ -119,7 +107,7 @@ def prepare_data(
                 with closing(encode_in_parallel(tokenizer, batches, workers)) as encoded:
                     return _write(out, state, encoded), False
     except OSError as error:
-        raise UserError(f"{out}: {error}. What is done is kept: the same command continues it.") from error
+        raise UserError(f"{out}: {error}. Finished work is kept: the same command continues it.") from error
 
 
 def _write(out: Path, state: dict, batches: Iterable) -> dict[str, dict]:
@@ -149,7 +137,9 @@ def _write(out: Path, state: dict, batches: Iterable) -> dict[str, dict]:
             raise UserError("there is no text in the inputs: every document is empty.")
         for split, writer in writers.items():
             if writer.num_tokens == 0:
-                raise UserError(f"no document fell into {split}: --valid {settings['valid']} is for more text.")
+                raise UserError(
+                    f"no document fell into {split}: --valid {settings['valid']} is too small for this text."
+                )
         commit()
         manifests = {split: writer.finish(settings) for split, writer in writers.items()}
     shutil.rmtree(out / ".partial")
@@ -157,7 +147,7 @@ def _write(out: Path, state: dict, batches: Iterable) -> dict[str, dict]:
 
 
 def _restore(out: Path, settings: dict, splits: list[str]) -> dict:
-    """The recorded state of interrupted work, else a state that begins afresh."""
+    """The recorded state of interrupted work, or else a new state."""
     file = out / ".partial" / "state.json"
     if file.exists():
         try:
@@ -168,7 +158,7 @@ def _restore(out: Path, settings: dict, splits: list[str]) -> dict:
         if chunks:
             _check_same(out, found, settings)
             return state
-        for split in ("train", "valid"):  # begun, and nothing recorded: whatever was written is of no use
+        for split in ("train", "valid"):  # begun, but nothing recorded: the shards are of no use
             shutil.rmtree(out / split, ignore_errors=True)
     taken = [str(out / split) for split in ("train", "valid") if (out / split).exists()]
     if taken:
@@ -187,7 +177,7 @@ def _check_same(out: Path, found: dict, wanted: dict) -> None:
 
 
 def _describe(sources: Sequence[Path | str]) -> list[dict]:
-    """What identifies the inputs, wherever they lie."""
+    """Identifies the inputs by name and content, not by folder."""
     described = []
     for source in sources:
         described += [
@@ -199,7 +189,7 @@ def _describe(sources: Sequence[Path | str]) -> list[dict]:
 
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    """Keeps a second process from writing to the same folder."""
+    """Prevents a second process from writing to the same folder."""
     (out / ".partial").mkdir(parents=True, exist_ok=True)
     with open(out / ".partial" / "lock", "w") as file:
         try:

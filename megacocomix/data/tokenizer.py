@@ -1,7 +1,7 @@
-"""Three kinds of tokenizer behind one small class: GPT-2's byte pairs, SentencePiece, a Hugging Face folder.
+"""Three kinds of tokenizer behind one class: GPT-2's byte pairs, SentencePiece, a Hugging Face folder.
 
-All of them treat text as text: a document that spells out "<|endoftext|>" gets the ids of those characters,
-never the id that ends a document. Nothing here touches the network.
+Special tokens are never found in a text: a document that spells out "<|endoftext|>" gets the ids of those characters,
+not the id that ends a document. Nothing here uses the network.
 """
 
 import functools
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from megacocomix.errors import UserError
-from megacocomix.files import write_aside
+from megacocomix.files import check_absent, write_aside, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,10 +38,10 @@ GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-# SentencePiece writes spaces as this character, so a text that really contains it needs care: it is spelled in
-# bytes (_encode_sentencepiece).
+# SentencePiece's symbol for a space. If a text really contains this character, it is encoded as its bytes
+# (_encode_sentencepiece).
 SPACE_SYMBOL = "\u2581"
-# SentencePiece trains on text in memory: 4 M lines are a few GB, and more change a vocabulary little.
+# SentencePiece trains on text in memory. 4 M lines are a few GB; more lines change a vocabulary little.
 MAX_TRAINING_LINES = 4_000_000
 
 
@@ -49,8 +49,8 @@ MAX_TRAINING_LINES = 4_000_000
 class Tokenizer:
     """Text to ids and back.
 
-    `sha256` identifies the vocabulary (each id and the token it stands for), not its files: the shipped GPT-2
-    and a Hugging Face folder of GPT-2 have the same. `eot_id` ends every document. All ids are < `vocab_size`.
+    `sha256` identifies the vocabulary (each id with its token), not its files: our GPT-2 and a Hugging Face folder of
+    GPT-2 have the same. `eot_id` ends every document. All ids are < `vocab_size`.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Tokenizer:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that `spec` names: "gpt2", a SentencePiece FILE.model, or a Hugging Face folder.
+    """The tokenizer named by `spec`: "gpt2", a SentencePiece FILE.model, or a Hugging Face folder.
 
-    Raises UserError when there is no such tokenizer, its files are damaged, or it has no end-of-text token.
+    Raises UserError if there is no such tokenizer, its files are damaged, or it has no end-of-text token.
     """
     path = Path(spec)
     if str(spec) == "gpt2":
@@ -78,7 +78,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
 
 def tokenizer_files(spec: str | Path) -> dict[str, Path]:
-    """The files of the tokenizer that `spec` names, by the names that they have in a Hugging Face folder."""
+    """The files of the tokenizer named by `spec`, by their names in a Hugging Face folder."""
     path = Path(spec)
     if str(spec) == "gpt2":
         return {"vocab.json": GPT2_FOLDER / "encoder.json", "merges.txt": GPT2_FOLDER / "vocab.bpe"}
@@ -89,19 +89,19 @@ def tokenizer_files(spec: str | Path) -> dict[str, Path]:
 
 
 def folder_tokenizer(folder: Path) -> str | None:
-    """The tokenizer that a model folder carries, as `load_tokenizer` takes it; None where it carries none."""
+    """The tokenizer that a model folder carries, as a spec for `load_tokenizer`; None if it carries none."""
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json")):
         return str(folder)
     return str(folder / "tokenizer.model") if (folder / "tokenizer.model").is_file() else None
 
 
 def tokenizer_mismatches(*holders: tuple[str, str | None]) -> list[str]:
-    """A line for each holder of another tokenizer than the first. A holder is what an error calls it, such as
-    `data.train data/wiki`, and the SHA-256 of its tokenizer, None where nothing records it."""
+    """One error line for each holder whose tokenizer differs from the first's. A holder is a name for the error, such
+    as `data.train data/wiki`, and the SHA-256 of its tokenizer, None if unknown."""
     (first, expected), *others = holders
     return [
-        f"{what} has another tokenizer ({found}) than {first} ({expected}): both must read the same tokens."
-        for what, found in others
+        f"{name} has another tokenizer ({found}) than {first} ({expected}): both must read the same tokens."
+        for name, found in others
         if expected is not None and found not in (None, expected)
     ]
 
@@ -119,7 +119,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         file = folder / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
             raise UserError(f"{file} of GPT-2's vocabulary is missing or damaged: install megacocomix again.")
-    # Built from its parts: no special token is registered, so none can be found in a text.
+    # Built without registering a special token, so that none can be found in a text.
     fast = FastTokenizer(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
@@ -134,23 +134,23 @@ def _load_gpt2(folder: Path) -> Tokenizer:
 
 
 def load_hf_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of transformers in a folder; code that the folder brings is not run. Raises UserError, also for one
-    without a vocabulary or an end of text."""
+    """The transformers tokenizer in a folder. Code in the folder is not run. Raises UserError if it cannot be loaded,
+    has no vocabulary or has no end of text."""
     from transformers import AutoTokenizer
 
     try:
         with tempfile.TemporaryDirectory() as copy:
             source = folder
-            # Beside a config.json that names code, transformers asks whether to run it.
+            # If a config.json beside it names code, transformers asks whether to run that code.
             if (config := folder / "config.json").is_file() and b'"auto_map"' in config.read_bytes():
                 source = copy
                 for name, file in tokenizer_files(folder).items():
                     shutil.copyfile(file, Path(copy) / name)
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except Exception as error:  # transformers raises whatever its parsers do
+    except Exception as error:  # transformers raises many types
         reason = textwrap.shorten(str(error), 200)
         raise UserError(f"tokenizer {folder} is not a Hugging Face tokenizer folder: {reason}") from error
-    # A folder with a config but no vocabulary yields, without complaint, a tokenizer that knows nothing.
+    # transformers loads a folder with a config but no vocabulary as an empty tokenizer, without an error.
     if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise UserError(f"tokenizer {folder} holds no vocabulary, such as a tokenizer.json.")
     if tokenizer.eos_token_id is None:
@@ -161,7 +161,7 @@ def load_hf_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 def _load_hugging_face(folder: Path) -> Tokenizer:
     hf = load_hf_tokenizer(folder)
     vocabulary = hf.get_vocab()
-    # verbose=False: documents longer than a model's context are what pretraining data consists of.
+    # verbose=False: no warning about documents longer than the model's context, which are common in pretraining data.
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return Tokenizer(
         name=folder.resolve().name,
@@ -181,7 +181,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
     except (RuntimeError, OSError) as error:
         raise UserError(f"tokenizer {path} is not a SentencePiece model, or is damaged.") from error
     if processor.eos_id() < 0:
-        raise UserError(f"tokenizer {path} has no end-of-text token: train it with an eos piece.")
+        raise UserError(f"tokenizer {path} has no end-of-text token: train it with an eos token.")
     vocabulary = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
     return Tokenizer(
         name=path.stem,
@@ -198,25 +198,25 @@ def _encode_sentencepiece(processor, texts: list[str]) -> list[list[int]]:
     symbol_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
     if all(processor.is_byte(i) for i in symbol_bytes):
         for index, text in enumerate(texts):
-            if SPACE_SYMBOL in text:  # spelled in bytes, or it would be decoded as a space
+            if SPACE_SYMBOL in text:  # encoded as bytes, because its token would be decoded as a space
                 first, *rest = processor.encode(text.split(SPACE_SYMBOL), num_threads=1)
-                encoded[index] = functools.reduce(lambda ids, part: ids + symbol_bytes + part, rest, first)
+                encoded[index] = functools.reduce(lambda ids, more: ids + symbol_bytes + more, rest, first)
     return encoded
 
 
 def encode_in_parallel(
     spec: str, batches: Iterable[list[tuple[str, T]]], workers: int
 ) -> Iterator[list[tuple[np.ndarray, T]]]:
-    """Replace the text in each batch of (text, anything) by its ids, uint32 [n]; batches come out in order.
+    """Replace the text in each batch of (text, anything) by its ids, uint32 [n]. Batches are yielded in order.
 
-    Reads ahead of what it yields by two batches a worker only, so memory stays bounded. One worker is this very
-    process. Raises UserError when a worker process dies.
+    Reads at most two batches a worker ahead, so memory is bounded. With one worker, this process does the work itself.
+    Raises UserError if a worker process dies.
     """
     encode = functools.partial(_encode, spec)
     if workers == 1:
         yield from map(encode, batches)
         return
-    # Not forked: the tokenizer libraries run threads, which a forked child would find dead and their locks held.
+    # Not forked: the tokenizer libraries run threads. In a forked child these are dead, but their locks stay held.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     pending = deque()
@@ -243,32 +243,31 @@ def _encode(spec: str, batch: list[tuple[str, T]]) -> list[tuple[np.ndarray, T]]
 
 
 def _start_worker() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is parallel enough
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the pool
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the pool
     parent = multiprocessing.parent_process()
-    # A killed parent cannot end the pool: without this its workers would wait for ever.
+    # A killed parent cannot end the pool: without this thread its workers would wait forever.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def train_sentencepiece(documents: Iterable[str], out: str | Path, vocab_size: int) -> Tokenizer:
-    """Train a byte-pair SentencePiece model of `vocab_size` pieces, write it to `out` and load it.
+    """Train a byte-pair SentencePiece model of `vocab_size` tokens, write it to `out` and load it.
 
-    Lossless: nothing is normalised, what has no piece is spelled in bytes, so decode(encode(x)) == x. Ids: 0
-    unknown (never produced), 1 end of text, 256 bytes, the learned pieces. The same documents give the same file.
-    Raises UserError when `out` exists, the documents hold no text, or the size does not suit the text.
+    It is lossless: text is not normalised, and characters without a token are encoded as bytes, so decode(encode(x)) ==
+    x. Ids: 0 unknown (never produced), 1 end of text, 256 bytes, then the learned tokens. The same documents give the
+    same file. Raises UserError if `out` exists, the documents hold no text, or the size does not suit the text.
     """
     import sentencepiece
 
     out = Path(out)
     if out.suffix != ".model":
-        raise UserError(f"--out {out} must end in .model: a SentencePiece vocabulary is known by that.")
-    if out.exists():
-        raise UserError(f"--out {out} exists already: choose another name or delete it.")
+        raise UserError(f"--out {out} must end in .model: that is how a SentencePiece vocabulary is recognised.")
+    check_absent(out)
     if vocab_size < 1:
         raise UserError(f"--vocab-size {vocab_size} must be positive.")
     reader_errors: list[UserError] = []
     model = io.BytesIO()
-    sentencepiece.set_random_generator_seed(0)  # for the sample of lines, when there are too many
+    sentencepiece.set_random_generator_seed(0)  # for sampling lines if there are too many
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(documents, reader_errors),
@@ -301,7 +300,7 @@ def train_sentencepiece(documents: Iterable[str], out: str | Path, vocab_size: i
 
 
 def _lines(documents: Iterable[str], reader_errors: list[UserError]) -> Iterator[str]:
-    """Line ends never reach the trainer (it drops them): each is spelled as its byte, one token."""
+    """The lines of all documents, without line ends: the trainer drops those. So a line end is encoded as its byte."""
     try:
         for document in documents:
             yield from filter(None, document.split("\n"))
@@ -323,10 +322,10 @@ def _training_problem(message: str, vocab_size: int) -> str:
 
 
 def export_tokenizer(spec: str, out: Path) -> None:
-    """Copy the files of the tokenizer that `spec` names into the folder `out`, and write those that are missing.
+    """Copy the files of the tokenizer named by `spec` into the folder `out`, and write those that are missing.
 
-    Padding is with the end of text and on the left, as generation needs it. A text that spells out a special token
-    gets that token's id, as anywhere in transformers.
+    Padding is the end of text, on the left, as generation needs it. A text that spells out a special token gets that
+    token's id, as is usual in transformers.
     """
     for name, file in tokenizer_files(spec).items():
         shutil.copyfile(file, out / name)
@@ -338,17 +337,17 @@ def export_tokenizer(spec: str, out: Path) -> None:
         settings = _convert_sentencepiece(out)
     settings |= {"bos_token": settings["eos_token"], "pad_token": settings["eos_token"], "padding_side": "left"}
     settings["model_input_names"] = ["input_ids", "attention_mask"]  # `generate(**tokens)` takes no token types
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(out / "tokenizer_config.json", settings)
 
 
 def _convert_sentencepiece(out: Path) -> dict[str, str]:
-    """tokenizer.model → tokenizer.json, which needs no SentencePiece; returns the settings that go with it."""
+    """tokenizer.model → tokenizer.json, which needs no SentencePiece. Returns settings for tokenizer_config.json."""
     import sentencepiece
     from transformers import LlamaTokenizer
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
     unknown, end = (processor.id_to_piece(i) for i in (processor.unk_id(), processor.eos_id()))
-    # Llama's is SentencePiece's byte-pair scheme with bytes for the unknown; its special tokens would be added to ours.
+    # Llama's is SentencePiece's byte-pair scheme with byte fallback. Without these, its special tokens would be added.
     special = {"unk_token": unknown, "eos_token": end, "bos_token": end}
     converted = LlamaTokenizer.from_pretrained(out, add_prefix_space=False, **special)
     converted.backend_tokenizer.save(str(out / "tokenizer.json"))

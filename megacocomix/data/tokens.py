@@ -1,9 +1,9 @@
 """Token shards on disk and the fixed windows that training reads from them.
 
-One split of a data set is a folder: `manifest.json` beside `shard-00000.bin`, `shard-00001.bin`, … of
-little-endian uint16 or uint32 ids, each document followed by the end-of-text id. Two foreign kinds are read in
-place: the published reference code's `train.bin` / `val.bin` (raw uint16 ids of GPT-2) and a Megatron `.bin`
-that has its `.idx` beside it. Everything is memory-mapped: there is no index to build, at any size.
+A split of a data set is a folder with `manifest.json` and `shard-00000.bin`, `shard-00001.bin`, … of little-endian
+uint16 or uint32 ids. Each document is followed by the end-of-text id. Two external kinds are read in place: the
+published reference code's `train.bin` / `val.bin` (raw uint16 ids of GPT-2), and a Megatron `.bin` with its `.idx`
+beside it. Everything is memory-mapped; no index is built, at any size.
 """
 
 import hashlib
@@ -12,28 +12,28 @@ import os
 import struct
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from megacocomix.errors import UserError
-from megacocomix.files import file_sha256, write_json
+from megacocomix.files import file_sha256, read_json, write_json
 
-FORMAT = "megacocomix-tokens"
-VERSION = 1
+FORMAT, VERSION = "megacocomix-tokens", 1
 MANIFEST = "manifest.json"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-MEGATRON_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # its codes for the kinds that hold token ids
+MEGATRON_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # Megatron's codes of the types that hold token ids
 MEBIBYTE = 2**20
 
 
 class TokenShards:
     """The tokens of one split as one long sequence.
 
-    `vocab_size` and `tokenizer_sha256` are None for the foreign kinds, which do not record them. `fingerprint`
-    identifies the content, not the path: for shards it is a hash of their recorded SHA-256s, for a foreign .bin
+    `vocab_size` and `tokenizer_sha256` are None for the external kinds, which do not record them. `fingerprint`
+    identifies the content, not the path. For shards it is a hash of their recorded SHA-256s; for an external .bin it is
     a hash of its size and of its first and last MiB.
     """
 
@@ -49,36 +49,34 @@ class TokenShards:
         self.vocab_size = vocab_size
         self.tokenizer_sha256 = tokenizer_sha256
         for file, num_tokens in files:
-            _check_size(file, num_tokens * dtype.itemsize)
+            expected = num_tokens * dtype.itemsize
+            if not file.is_file():
+                raise UserError(f"{file} is missing: the manifest lists it with {expected} bytes.")
+            if (found := file.stat().st_size) != expected:
+                raise UserError(f"{file} has {found} bytes, expected {expected}: copy or prepare the data again.")
         self._shards = [np.memmap(file, dtype=dtype, mode="r", shape=(count,)) for file, count in files]
         self._starts = [0, *accumulate(count for _, count in files)]
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> "TokenShards":
-        """The split at `path`: a folder with a manifest, or one foreign .bin file.
+        """The split at `path`: a folder with a manifest, or one external .bin file.
 
-        The size of every file is checked; `verify` also compares the SHA-256 of every shard with the manifest
-        (a foreign .bin records none). Raises UserError that names the file and what is wrong with it.
+        Checks the size of every file. `verify` also compares the SHA-256 of every shard with the manifest (an external
+        .bin has none). Raises UserError that names the file and what is wrong with it.
         """
         path = Path(path)
         if path.is_file():
             return cls._open_bin(path)
         manifest = read_manifest(path)
         files = [(path / shard["file"], shard["num_tokens"]) for shard in manifest["shards"]]
-        tokenizer_sha256 = manifest["tokenizer"]["sha256"]
+        dtype, tokenizer_sha256 = manifest["dtype"], manifest["tokenizer"]["sha256"]
         hashes = [shard["sha256"] for shard in manifest["shards"]]
-        identity = json.dumps([manifest["dtype"], tokenizer_sha256, hashes])
-        shards = cls(
-            files,
-            DTYPES[manifest["dtype"]],
-            hashlib.sha256(identity.encode()).hexdigest(),
-            manifest["vocab_size"],
-            tokenizer_sha256,
-        )
+        fingerprint = hashlib.sha256(json.dumps([dtype, tokenizer_sha256, hashes]).encode()).hexdigest()
+        shards = cls(files, DTYPES[dtype], fingerprint, manifest["vocab_size"], tokenizer_sha256)
         if verify:
             for (file, _), expected in zip(files, hashes, strict=True):
                 if file_sha256(file) != expected:
-                    raise UserError(f"{file} is damaged: its SHA-256 is not the one in the manifest.")
+                    raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's.")
         return shards
 
     @classmethod
@@ -87,7 +85,7 @@ class TokenShards:
         size = path.stat().st_size
         if path.suffix != ".bin" or size == 0 or size % dtype.itemsize:
             raise UserError(
-                f"{path} ({size} bytes) is no token file: expected a folder made by tools/prepare_data.py "
+                f"{path} ({size} bytes) is not a token file: expected a folder made by tools/prepare_data.py "
                 f"or a .bin of {dtype.itemsize}-byte token ids."
             )
         return cls([(path, size // dtype.itemsize)], dtype, file_fingerprint(path))
@@ -104,17 +102,17 @@ class TokenShards:
         while filled < count:
             shard = bisect_right(self._starts, start + filled) - 1
             offset = start + filled - self._starts[shard]
-            part = self._shards[shard][offset : offset + count - filled]
-            tokens[filled : filled + part.size] = part
-            filled += part.size
+            found = self._shards[shard][offset : offset + count - filled]
+            tokens[filled : filled + found.size] = found
+            filled += found.size
         return tokens
 
 
 class TokenDataset:
-    """Windows of `context` tokens, window i at offset i * context; their order is a function of the position.
+    """Windows of `context` tokens, window i at offset i * context. Their order is a function of the position.
 
-    A position counts samples since the start of training, over all ranks and epochs. With `seed` None the
-    windows come in file order, every epoch alike (validation). Tokens after the last whole window are not used.
+    A position counts samples since the start of training, over all ranks and epochs. If `seed` is None, the windows are
+    in file order in every epoch (for validation). Tokens after the last whole window are not used.
     """
 
     def __init__(self, shards: TokenShards, context: int, seed: int | None):
@@ -126,12 +124,12 @@ class TokenDataset:
             raise UserError(f"the data holds {len(shards)} tokens, fewer than one window of {context}.")
 
     def window_index(self, position: int) -> int:
-        """The window that is the sample at this position."""
+        """The index of the window at this position."""
         epoch, index = divmod(position, self.num_windows)
         return index if self.seed is None else permuted_index(self.seed, epoch, index, self.num_windows)
 
     def batch(self, positions: Sequence[int]) -> np.ndarray:
-        """The samples at these positions, int64 [len(positions), context]."""
+        """The windows at these positions, int64 [len(positions), context]."""
         return self.read([self.window_index(position) for position in positions])
 
     def read(self, windows: Sequence[int]) -> np.ndarray:
@@ -142,33 +140,29 @@ class TokenDataset:
         return tokens
 
 
+@dataclass
 class ShardWriter:
     """Appends tokens to shards of `shard_tokens` each (the last may be shorter) and writes the manifest.
 
-    Everything follows from `num_tokens`, so a writer made from what an earlier one's `flush` returned goes on
-    from there, whatever was written later.
+    A writer made with the values that an earlier writer's `flush` returned goes on from that point. Anything written
+    after that flush is discarded.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        dtype: np.dtype,
-        shard_tokens: int,
-        num_tokens: int = 0,
-        num_documents: int = 0,
-        hashes: Sequence[str] = (),
-    ):
-        self.folder = folder
-        self.dtype = dtype
-        self.shard_tokens = shard_tokens
-        self.num_tokens = num_tokens
-        self.num_documents = num_documents
-        self.hashes = list(hashes)  # of the full shards
-        folder.mkdir(parents=True, exist_ok=True)
+    folder: Path
+    dtype: np.dtype
+    shard_tokens: int
+    num_tokens: int = 0
+    num_documents: int = 0
+    hashes: Sequence[str] = ()
+    """Of the finished shards."""
+
+    def __post_init__(self):
+        self.hashes = list(self.hashes)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._file = None
-        if num_tokens % shard_tokens:
+        if self.num_tokens % self.shard_tokens:
             self._file = open(self._path(), "r+b")  # noqa: SIM115 (closed by close)
-            self._file.seek(num_tokens % shard_tokens * dtype.itemsize)
+            self._file.seek(self.num_tokens % self.shard_tokens * self.dtype.itemsize)
             self._file.truncate()
 
     def append(self, tokens: np.ndarray) -> None:
@@ -177,13 +171,11 @@ class ShardWriter:
             if self._file is None:
                 self._file = open(self._path(), "wb")  # noqa: SIM115
             room = self.shard_tokens - self.num_tokens % self.shard_tokens
-            self._file.write(tokens[:room].astype(self.dtype, copy=False))
-            full = tokens.size >= room
-            path = self._path()
-            self.num_tokens += min(room, tokens.size)
-            tokens = tokens[room:]
-            if full:
-                self._end_shard(path)
+            fitting, tokens = tokens[:room], tokens[room:]
+            self._file.write(fitting.astype(self.dtype, copy=False))
+            self.num_tokens += fitting.size
+            if fitting.size == room:
+                self._end_shard()
 
     def end_document(self, eot_id: int) -> None:
         """Add the end-of-text id."""
@@ -191,22 +183,22 @@ class ShardWriter:
         self.num_documents += 1
 
     def flush(self) -> dict:
-        """Bring everything to the disk; returns the arguments that make a writer go on from here."""
+        """Write everything to disk. Returns the arguments for a writer that goes on from here."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
         return {"num_tokens": self.num_tokens, "num_documents": self.num_documents, "hashes": [*self.hashes]}
 
     def close(self) -> None:
-        """Give up the open shard; what was not flushed may be lost."""
+        """Close the open shard. Unflushed tokens may be lost."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def finish(self, settings: dict) -> dict:
-        """End the last shard, then write and return the manifest: its own fields and `settings`."""
+        """End the last shard, then write and return the manifest, which includes `settings`."""
         if self._file is not None:
-            self._end_shard(self._path())
+            self._end_shard()
         starts = range(0, self.num_tokens, self.shard_tokens)
         manifest = {
             "format": FORMAT,
@@ -228,12 +220,12 @@ class ShardWriter:
         return manifest
 
     def _path(self) -> Path:
-        return self.folder / _shard_name(self.num_tokens // self.shard_tokens)
+        return self.folder / _shard_name(len(self.hashes))
 
-    def _end_shard(self, path: Path) -> None:
+    def _end_shard(self) -> None:
         self.flush()
         self.close()
-        self.hashes.append(file_sha256(path))
+        self.hashes.append(file_sha256(self._path()))
 
 
 def _shard_name(index: int) -> str:
@@ -241,12 +233,12 @@ def _shard_name(index: int) -> str:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type of a shard that holds every id of the vocabulary."""
+    """The smallest shard dtype that holds every id of the vocabulary."""
     return DTYPES["uint16" if vocab_size <= 2**16 else "uint32"]
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of one split; UserError when the folder has none, or one that this version cannot read."""
+    """The manifest of one split. Raises UserError if the folder has none, or one that this version cannot read."""
     file = folder / MANIFEST
     if not folder.exists():
         raise UserError(f"{folder} does not exist: make it with tools/prepare_data.py.")
@@ -254,24 +246,19 @@ def read_manifest(folder: Path) -> dict:
         splits = " ".join(str(manifest.parent) for manifest in sorted(folder.glob(f"*/{MANIFEST}")))
         hint = f"give one of its splits: {splits}" if splits else "tools/prepare_data.py did not finish it"
         raise UserError(f"{folder} holds no {MANIFEST}: {hint}.")
+    manifest = read_json(file, FORMAT, VERSION, "prepare the data again")
     try:
-        manifest = json.loads(file.read_bytes())
-        found = manifest["format"], manifest["version"]
-        if found != (FORMAT, VERSION):
-            raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {FORMAT} version {VERSION}.")
         shards = [(str(shard["file"]), int(shard["num_tokens"]), shard["sha256"]) for shard in manifest["shards"]]
         if manifest["dtype"] not in DTYPES or not shards or int(manifest["vocab_size"]) < 1:
             raise ValueError
         str(manifest["tokenizer"]["sha256"])
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{file} is damaged: prepare the data again.") from error
     return manifest
 
 
 def file_fingerprint(path: Path) -> str:
-    """SHA-256 of the file's size and its first and last MiB: tells big files apart without reading them."""
+    """SHA-256 of the file's size and its first and last MiB. It tells big files apart without reading all of them."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(MEBIBYTE)
@@ -279,16 +266,8 @@ def file_fingerprint(path: Path) -> str:
         return hashlib.sha256(b"%d\n" % size + head + file.read()).hexdigest()
 
 
-def _check_size(file: Path, expected: int) -> None:
-    if not file.is_file():
-        raise UserError(f"{file} is missing: the manifest lists it with {expected} bytes.")
-    found = file.stat().st_size
-    if found != expected:
-        raise UserError(f"{file} has {found} bytes, expected {expected}: copy or prepare the data again.")
-
-
 def _bin_dtype(path: Path) -> np.dtype:
-    """uint16 for a plain .bin; what the header of the .idx says where Megatron put one beside it."""
+    """uint16 for a plain .bin; the dtype in the header of Megatron's .idx if there is one beside it."""
     index = path.with_suffix(".idx")
     if not index.is_file():
         return DTYPES["uint16"]
@@ -296,28 +275,26 @@ def _bin_dtype(path: Path) -> np.dtype:
         header = file.read(len(MEGATRON_MAGIC) + 9)
     code = header[-1] if header.startswith(MEGATRON_MAGIC + struct.pack("<Q", 1)) else None
     if code not in MEGATRON_DTYPES:
-        raise UserError(f"{index} is not a Megatron index of token ids that this version reads.")
+        raise UserError(f"{index} is not a Megatron index of token ids that this version can read.")
     return MEGATRON_DTYPES[code]
 
 
 def check_token_ids(tokens, vocab_size: int, source: str | Path) -> None:
-    """Raise UserError when a token is outside the vocabulary: a GPU's embedding would only say 'device-side assert'.
-
-    The foreign kinds of data do not say what their vocabulary is. `tokens` is an array or a tensor of ids.
-    """
+    """Raises UserError if a token is outside the vocabulary. A GPU's embedding would only report 'device-side assert',
+    and the external kinds of data do not record their vocabulary. `tokens` is an array or a tensor of ids."""
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         wrong = tokens.min() if tokens.min() < 0 else tokens.max()
         raise UserError(f"{source} holds token {wrong}, but model and teacher know those up to {vocab_size - 1}.")
 
 
-NUM_ROUNDS = 8  # four suffice for halves of many bits; small data sets have halves of few
+NUM_ROUNDS = 8  # four are enough for halves of many bits; small data sets have halves of few bits
 MASK = 2**64 - 1
 
 
 def permuted_index(seed: int, epoch: int, index: int, size: int) -> int:
-    """Which of `size` items stands at place `index` of this epoch: a bijection of range(size).
+    """The item, of `size`, at place `index` of this epoch: a bijection of range(size).
 
-    Never change what it returns: a run that resumes relies on it.
+    Never change its results: a run that resumes relies on them.
     """
     assert 0 <= index < size, f"index {index} outside of range({size})"
     bits = (size - 1).bit_length()

@@ -1,1 +1,1 @@
-"""Measuring runs and comparing them."""
+"""Evaluate models: validation perplexity and benchmark tasks."""

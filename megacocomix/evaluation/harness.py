@@ -1,9 +1,9 @@
-"""Benchmarks with EleutherAI's lm-evaluation-harness: its task definitions, its scores, our documents and our models.
+"""Score benchmarks with EleutherAI's lm-evaluation-harness: its task definitions and metrics, our documents and models.
 
-Where the data folder has the documents of a task of the paper, it is the one of tasks/TASK.yaml, which asks and scores
-as the harness's own does, and nothing needs the network; else it is the harness's own definition, on the hub's data
-set, or on a file of the data folder in the columns of that data set. A task that can be had in no way is named as
-missing, with the reason, and the others go on.
+If the data folder has the documents of one of the paper's tasks, the task is defined by tasks/TASK.yaml. It has the
+prompts and metrics of the harness's own definition and needs no network. Otherwise the harness's own definition is
+used, on the data set from the hub, or on a file of the data folder with the same columns. A task that cannot be loaded
+is reported as missing, with the reason, and the other tasks still run.
 """
 
 import contextlib
@@ -41,33 +41,39 @@ PAPER_TASKS = {
     "arc_easy": "arc",
     "winogrande": "winogrande",
 }
-"""The tasks of the paper's table, and the folder of the harness that defines each."""
+"""The tasks of the paper's table → the harness's folder that defines each."""
 
 DEFAULT_DATA = "data/eval"
 LOCAL_TASKS = Path(__file__).parent / "tasks"
-# The standard error of a perplexity is estimated by drawing samples again; the harness's 100,000 times take minutes.
+# The standard error of a perplexity is estimated by resampling; the harness's default of 100,000 takes minutes.
 BOOTSTRAP_ITERS = 1000
-# Results that agree in these may stand in one file.
+# Results may share a file if these are equal.
 SETTINGS = ("sha256", "harness", "limit", "num_fewshot")
 
 
 def parse_tasks(text: str, option: str = "--tasks") -> list[str]:
-    """Task names of "a,b", in order and each once; `paper` stands for those of the paper. Raises UserError, before
-    anything runs, where the harness is not installed or does not know a name; it says `option`."""
+    """The task names in "a,b", in order and without duplicates; `paper` stands for the tasks of the paper.
+
+    Raises UserError, which names `option`, if the harness is not installed or does not know a name.
+    """
     if not find_spec("lm_eval") or not find_spec("accelerate"):
         raise UserError(f"{option} needs lm-evaluation-harness: pip install 'megacocomix[eval]'.")
     names = [name.strip() for name in text.split(",") if name.strip()]
     names = list(dict.fromkeys(task for name in names for task in (PAPER_TASKS if name == "paper" else [name])))
     if not names:
-        raise UserError(f"{option} names no task. Valid: paper {' '.join(PAPER_TASKS)}, or any that lm-eval knows.")
+        raise UserError(f"{option} names no task. Valid: paper {' '.join(PAPER_TASKS)}, or any task of lm-eval.")
     if set(names) <= set(PAPER_TASKS):
         return names
-    known, known_groups = _definitions(everything=True).all_subtasks, _definitions(everything=True).all_groups
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        if groups := [name for name in unknown if name in known_groups]:
-            raise UserError(*(f"{option} {name} is a group of tasks: name those that you want." for name in groups))
-        raise UserError(*(f"{option} {name} is no task of lm-eval.{_suggestion(name, known)}" for name in unknown))
+    definitions = _definitions(everything=True)
+    known = definitions.all_subtasks
+    if unknown := [name for name in names if name not in known]:
+        if groups := [name for name in unknown if name in definitions.all_groups]:
+            raise UserError(*(f"{option} {name} is a group of tasks: list single tasks of it." for name in groups))
+        problems = []
+        for name in unknown:  # the closest of all names, else the paper's: a list of all 13,000 would not help
+            suggestion = nearest(name, {"paper", *PAPER_TASKS, *difflib.get_close_matches(name, known, n=1)})
+            problems.append(f"{option} {name} is no task of lm-eval.{suggestion}")
+        raise UserError(*problems)
     return names
 
 
@@ -79,18 +85,18 @@ def evaluate_tasks(
     limit: int | None = None,
     given: Path | None = None,
 ) -> dict:
-    """Scores of the model in `folder` (a run's newest checkpoint, a checkpoint, a Hugging Face folder) in fp32.
+    """Score the model in `folder` (a run's newest checkpoint, a checkpoint, or a Hugging Face folder) in fp32.
 
-    `data` is a folder of TASK.jsonl; `limit` takes the first so many documents of each task. After every task the
-    results are written to `given`, and for a checkpoint in its run to RUN/evals/tasks/STEP.json; results of other tasks
-    in these files stay if they are of the same weights and settings. Returns what this call found, and under `file` the
-    file, if there is one. Raises UserError for a model that cannot be loaded, a task that does not exist, and a `given`
-    that holds something else.
+    `data` is a folder of TASK.jsonl files; with `limit`, only the first `limit` documents of each task are used. The
+    results are written after every task: to `given`, and for a checkpoint in its run to RUN/evals/tasks/STEP.json.
+    Results of other tasks in these files stay if they have the same weights and settings. Returns the results of this
+    call, with the path of the file, if any, under `file`. Raises UserError if the model cannot be loaded, a task does
+    not exist, or `given` holds something else.
     """
     if batch < 1 or (limit is not None and limit < 1):
         raise UserError("--batch and --limit must be at least 1.")
     tasks = parse_tasks(",".join(tasks))
-    # The harness announces its defaults task by task; what is wrong comes as an exception.
+    # The harness logs its defaults for every task; errors come as exceptions.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from megacocomix.hf.open import open_model
 
@@ -110,32 +116,29 @@ def evaluate_tasks(
         "missing": {},
     }
     if given and given.exists() and not _is_same(read_results(given) or {}, result):
-        raise UserError(f"{given} exists and is no result of these weights and settings: choose another or delete it.")
+        raise UserError(f"{given} exists and is not of these weights and settings: choose another file or delete it.")
     for task in tasks:
         try:
             result["results"][task] = _evaluate(lm, task, data, limit)
-        except Exception as error:  # definitions, data sets and the hub raise whatever they do
+        except Exception as error:  # definitions, data sets and the hub raise errors of any kind
             log.debug("%s is missing", task, exc_info=True)
             result["missing"][task] = _reason(error)
         for file in files if result["results"] else []:
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, _merged(read_results(file), result))
     return result | ({"file": str(files[0])} if files and result["results"] else {})
 
 
 def _language_model(opened: "OpenModel", batch: int):
-    """The harness's backend for models of transformers."""
+    """The harness's backend for a transformers model."""
     from lm_eval.models.huggingface import HFLM
 
-    tokenizer = opened.hf_tokenizer
     opened.model.config.use_cache = False  # every text is read once
-    opened.model.config.pad_token_id = None  # padding is on the right, which a causal model needs no warning of
-    return HFLM(pretrained=opened.model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+    opened.model.config.pad_token_id = None  # avoids a warning; padding on the right does not affect a causal model
+    return HFLM(pretrained=opened.model, tokenizer=opened.hf_tokenizer, backend="causal", batch_size=batch)
 
 
 def results_file(checkpoint: Path, limit: int | None) -> Path | None:
-    """Where the results of a checkpoint in its run are kept, those of the first documents apart from those of all; None
-    for any other folder."""
+    """The results file of a checkpoint in its run, with a separate file for each `limit`; None for any other folder."""
     if checkpoint_step(checkpoint) is None:
         return None
     name = checkpoint.name + (f"-limit-{limit}" if limit else "")
@@ -143,7 +146,7 @@ def results_file(checkpoint: Path, limit: int | None) -> Path | None:
 
 
 def read_results(file: Path) -> dict | None:
-    """What `evaluate_tasks` wrote; None where there is no such file, or it is another one."""
+    """The content that `evaluate_tasks` wrote; None if the file does not exist or is something else."""
     try:
         values = dict(json.loads(file.read_bytes()))
         is_ours = values["kind"] == "tasks" and isinstance(values["results"], dict)
@@ -153,8 +156,8 @@ def read_results(file: Path) -> dict | None:
 
 
 def tasks_left(checkpoint: Path, tasks: Sequence[str], data: str | Path | None, limit: int | None) -> list[str]:
-    """Those of `tasks` that the results of a checkpoint in its run lack for its weights, these settings and the same
-    documents (`data` None: of the default folder), without examples in the prompts."""
+    """Those of `tasks` that the results file of a checkpoint in its run does not have yet, zero-shot, for the same
+    weights, settings and documents. `data` None is the default folder."""
     data = data or DEFAULT_DATA
     found = read_results(results_file(checkpoint, limit))
     asked = {"sha256": weights_sha256(checkpoint), "harness": harness_version(), "limit": limit, "num_fewshot": 0}
@@ -166,26 +169,21 @@ def tasks_left(checkpoint: Path, tasks: Sequence[str], data: str | Path | None, 
 def evaluate_command(
     checkpoint: Path, tasks: str, data: str | Path | None = None, batch: int = 8, limit: int | None = None
 ) -> list[str]:
-    """The command line that evaluates a checkpoint in a process of its own and writes to its run's evals/tasks/."""
+    """The command line that scores a checkpoint in a separate process and writes to its run's evals/tasks/."""
     tool = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
-    command = [sys.executable, str(tool), str(checkpoint), "--tasks", tasks, "--batch", str(batch)]
+    command = [sys.executable, str(tool), "tasks", str(checkpoint), "--tasks", tasks, "--batch", str(batch)]
     command += ["--tasks-data", str(data)] if data else []
     return command + (["--limit", str(limit)] if limit is not None else [])
 
 
 def harness_version() -> str:
-    """Name and version of the harness."""
+    """The name and version of the harness."""
     return f"lm-eval {version('lm_eval')}"
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    """The closest of all names; where none is close, the paper's, and not all 13,000."""
-    return nearest(name, {"paper", *PAPER_TASKS, *difflib.get_close_matches(name, known, n=1)})
 
 
 @functools.cache
 def _definitions(everything: bool):
-    """The harness's index of task definitions; of everything it takes ten seconds."""
+    """The harness's index of task definitions: the paper's tasks, or everything, which takes ten seconds."""
     import lm_eval.tasks
 
     if everything:
@@ -195,16 +193,9 @@ def _definitions(everything: bool):
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
 
 
-@functools.cache
-def _local_definitions():
-    """The task files beside this one."""
-    import lm_eval.tasks
-
-    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(LOCAL_TASKS))
-
-
 def _load_task(name: str, data: str | Path | None):
-    """The harness's task, with our documents where we have them. → (task, where its documents are from)."""
+    """The harness's task, with our documents if the data folder has them. → (task, source of the documents)."""
+    import lm_eval.tasks
     from datasets import Dataset
 
     definitions = _definitions(everything=name not in PAPER_TASKS)
@@ -212,21 +203,21 @@ def _load_task(name: str, data: str | Path | None):
     if not found:
         try:
             return definitions.load(name)["tasks"][name], "hub"
-        except Exception as error:  # the hub, the data set's reader and the definition raise whatever they do
+        except Exception as error:  # the hub, the data set and the definition raise errors of any kind
             first = f"{Path(data) / name}.jsonl does not exist, and " if data else ""
-            raise UserError(f"{first}the hub's data set cannot be had ({_reason(error)}).") from error
+            raise UserError(f"{first}the hub's data set is not available ({_reason(error)}).") from error
     documents, _, sha256 = found
     dataset = Dataset.from_list(documents)
     if name in PAPER_TASKS:
-        definitions = _local_definitions()
-    # Whichever split the definition scores, it gets the documents, which were compared with their hash, and no copy of
-    # them is left in a cache. Only the members of a group can be changed.
+        definitions = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(LOCAL_TASKS))
+    # The definition gets the documents, which were verified against their hash, whichever split it scores, and no copy
+    # of them stays in a cache. The task is in a group because the harness changes only members of a group.
     changed = {"task": name, "custom_dataset": lambda **_: defaultdict(lambda: dataset)}
     return definitions.load({"group": "local", "task": [changed]})["tasks"][name], f"local {sha256}"
 
 
 def _source(name: str, data: str | Path | None) -> str | None:
-    """Where the documents of a task would be from now; None where the file is damaged."""
+    """The present source of a task's documents; None if the file is damaged."""
     try:
         found = read_documents(data, name) if data else None
     except UserError:
@@ -242,7 +233,7 @@ def _evaluate(lm, name: str, data: str | Path | None, limit: int | None) -> dict
         found = simple_evaluate(
             model=lm,
             tasks=[task],
-            num_fewshot=0,  # the training split, where examples come from, is not in the data folder
+            num_fewshot=0,  # the data folder does not have the training split, from which examples come
             limit=limit,
             bootstrap_iters=BOOTSTRAP_ITERS,
             log_samples=False,
@@ -258,8 +249,8 @@ def _evaluate(lm, name: str, data: str | Path | None, limit: int | None) -> dict
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the harness off stdout, which is for results; its progress bars off a log; and from forking a process a
-    core for its standard errors, which the threads of torch do not survive."""
+    """Keep the harness from printing on stdout, which is for results, from drawing progress bars in a log, and from
+    forking a process per core for its standard errors, because the threads of torch do not survive a fork."""
     with ExitStack() as stack:
         screen = sys.stderr if sys.stderr.isatty() else stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(screen))
@@ -290,13 +281,13 @@ def _metrics(values: dict) -> dict[str, dict[str, float | None]]:
 
 
 def _reason(error: Exception) -> str:
-    """One line."""
+    """An error in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text:.200}"
 
 
 def _merged(before: dict | None, result: dict) -> dict:
-    """`result`, and of the file before it the tasks that were not asked now."""
+    """`result`, with those results of the earlier file that are of other tasks and the same weights and settings."""
     if not before or not _is_same(before, result):
         return result
     results = before["results"] | result["results"]
@@ -305,5 +296,5 @@ def _merged(before: dict | None, result: dict) -> dict:
 
 
 def _is_same(found: dict, asked: dict) -> bool:
-    """Whether both are of the same weights and settings."""
+    """Whether both have the same weights and settings."""
     return all(found.get(key) == asked[key] for key in SETTINGS)

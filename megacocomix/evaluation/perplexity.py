@@ -1,4 +1,4 @@
-"""Validation loss: mean next-token loss over held-out windows, token-weighted, in eval mode."""
+"""Validation loss: the mean next-token loss per token over held-out windows, in eval mode."""
 
 import json
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ from megacocomix.model.losses import MASKED, label_cross_entropy, next_token_tar
 
 
 def all_checkpoints(run: str | Path) -> list[Path]:
-    """Every complete checkpoint of a run, oldest first. Raises UserError where there is none."""
+    """Every complete checkpoint of a run, oldest first. Raises UserError if there is none."""
     if not (Path(run) / "checkpoints").is_dir():
-        raise UserError(f"--all-checkpoints needs a run; {run} has no folder checkpoints.")
+        raise UserError(f"--all-checkpoints needs a run, but {run} has no folder checkpoints.")
     if not (checkpoints := list_checkpoints(run)):
         raise UserError(f"{run} holds no checkpoint yet.")
     return checkpoints
@@ -29,10 +29,11 @@ def all_checkpoints(run: str | Path) -> list[Path]:
 def validation_batches(
     dataset: TokenDataset, num_sequences: int, batch: int, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens [B, T] and next-token targets [B, T, 1] of the first `num_sequences` windows, shared among `world` ranks.
+    """Yield tokens int64 [B, T] and next-token targets int64 [B, T, 1] of the first `num_sequences` windows, divided
+    among `world` ranks.
 
-    All ranks get the same number of batches, all of `batch` windows, because a forward pass may be a collective: where
-    the windows do not suffice, the rest of a batch has no targets.
+    All ranks get the same number of batches, each of `batch` windows, because a forward pass may be a collective. If
+    the windows do not fill a batch, the rest of the batch has no targets.
     """
     for start in range(rank * batch, ceil(num_sequences / (batch * world)) * batch * world, batch * world):
         rows = range(start, start + batch)
@@ -43,18 +44,18 @@ def validation_batches(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that exceeds a float."""
+    """exp(loss), or infinity if that exceeds a float."""
     return exp(loss) if loss < 700 else inf
 
 
 def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
     """Validation loss of the model in `folder` over all windows of `data` (default: its config's data.valid), in fp32.
 
-    For a run of ours the result is also written to RUN/evals/STEP.json, whose path is then under `file`.
+    For a checkpoint in its run the result is also written to RUN/evals/, and the path of that file is under `file`.
     """
     if batch < 1:
-        raise UserError(f"--batch {batch} is not at least 1.")
-    from megacocomix.hf.open import open_model  # here: transformers would take seconds of every training process
+        raise UserError(f"--batch must be at least 1, not {batch}.")
+    from megacocomix.hf.open import open_model  # imported here: transformers would add seconds to every training
 
     opened = open_model(folder)
     if data is None and opened.config is None:
@@ -85,27 +86,24 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
     if opened.config and (step := checkpoint_step(opened.path)) is not None:
         result["step"] = step
         file = _result_file(opened.path, shards)
-        file.parent.mkdir(exist_ok=True)
         write_json(file, result)
         result["file"] = str(file)
     return result
 
 
 def earlier_evaluation(checkpoint: Path, data: str | None) -> dict | None:
-    """What `evaluate_folder` wrote for the same weights and windows of a checkpoint in its run; None where it did
-    not."""
+    """The result of `evaluate_folder` for the same weights and windows of a checkpoint in its run; None if there is
+    none."""
     data = data or read_checkpoint_manifest(checkpoint)["config"]["data"]["valid"]
     shards = TokenShards.open(data)
     file = _result_file(checkpoint, shards)
     try:
         result = dict(json.loads(file.read_bytes()))
         found = result["sha256"], result["data_fingerprint"]
-        is_same = found == (weights_sha256(checkpoint), shards.fingerprint) and {"valid_loss", "valid_ppl"} <= set(
-            result
-        )
+        is_same = found == (weights_sha256(checkpoint), shards.fingerprint)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return result | {"file": str(file)} if is_same else None
+    return result | {"file": str(file)} if is_same and {"valid_loss", "valid_ppl"} <= result.keys() else None
 
 
 def _result_file(checkpoint: Path, shards: TokenShards) -> Path:

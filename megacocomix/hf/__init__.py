@@ -1,1 +1,1 @@
-"""CoCoMix for transformers. The two files beside this one go into every exported folder and import nothing of ours."""
+"""CoCoMix for transformers. Exports copy the configuration and modeling files, which must not import this package."""

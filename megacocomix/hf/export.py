@@ -1,11 +1,10 @@
-"""A model of ours → a Hugging Face folder, which must give the same logits and loss before it takes its name.
+"""Exports our model as a Hugging Face folder, which must give the same logits and loss before it gets its name.
 
-A next-token model becomes transformers' own GPT2LMHeadModel. A model with concepts takes the two files of
-`megacocomix.hf` along, and loads with trust_remote_code where this package is not installed.
+A next-token model becomes transformers' own GPT2LMHeadModel. A model with concepts also gets the two code files of
+`megacocomix.hf`. It loads with trust_remote_code where this package is not installed.
 """
 
 import copy
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,14 @@ import torch
 import torch.nn.functional as F
 
 import megacocomix.hf
-from megacocomix.checkpoint.hf_names import hf_name, to_hf
+from megacocomix.checkpoint.hf_names import gpt2_config, to_hf, write_hf_weights
 from megacocomix.checkpoint.open import LoadedModel
-from megacocomix.checkpoint.tensors import DTYPES, write_safetensors
+from megacocomix.checkpoint.tensors import DTYPES
 from megacocomix.config.method import ARCHITECTURE
 from megacocomix.data.tokenizer import export_tokenizer, load_tokenizer
 from megacocomix.errors import UserError
-from megacocomix.files import write_aside
-from megacocomix.model.gpt2 import INIT_STD, LAYER_NORM_EPS
+from megacocomix.files import check_absent, write_aside, write_json
+from megacocomix.model.gpt2 import INIT_STD
 
 if TYPE_CHECKING:
     from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
@@ -33,8 +32,9 @@ REMOTE_CODE = ("configuration_cocomix.py", "modeling_cocomix.py")
 
 @dataclass(frozen=True)
 class Parity:
-    """What source and folder differ by on the same `num_tokens` random tokens: the largest difference of a logit, and
-    of the mean next-token loss. `rounding` is what storing the weights in bf16 moved the loss by (0 in fp32)."""
+    """Differences between source and folder on the same `num_tokens` random tokens: the largest difference of a logit,
+    and the difference of the mean next-token loss. `rounding` is the change of the loss by storing the weights in bf16
+    (0 in fp32)."""
 
     num_tokens: int
     logit: float
@@ -44,14 +44,12 @@ class Parity:
 
 def export_hf(source: LoadedModel, out: str | Path, tokenizer: str, dtype: str = "float32") -> Parity:
     """Write config.json, generation_config.json, model.safetensors in `dtype`, the tokenizer's files and, for a model
-    with concepts, the code; then load the folder with transformers and compare the two models.
+    with concepts, the code. Then load the folder with transformers and compare the two models.
 
-    Raises UserError, and leaves nothing behind, when they differ by more than LOGIT_TOLERANCE or LOSS_TOLERANCE, or
-    when OUT exists.
+    Raises UserError if they differ by more than LOGIT_TOLERANCE or LOSS_TOLERANCE, or if `out` exists. Then nothing is
+    left behind.
     """
-    out = Path(out)
-    if out.exists():
-        raise UserError(f"--out {out} exists already; choose another folder.")
+    check_absent(out)
     with write_aside(out) as partial:
         partial.mkdir()
         _write(source, partial, tokenizer, dtype)
@@ -65,26 +63,22 @@ def export_hf(source: LoadedModel, out: str | Path, tokenizer: str, dtype: str =
 
 
 def _write(source: LoadedModel, out: Path, tokenizer: str, dtype: str) -> None:
-    num_heads = source.shape.num_heads
     eot_id = load_tokenizer(tokenizer).eot_id
     special = {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
-    _write_json(out / "config.json", _config(source) | special | {"dtype": dtype})
-    _write_json(out / "generation_config.json", special)
+    write_json(out / "config.json", _config(source) | special | {"dtype": dtype})
+    write_json(out / "generation_config.json", special)
     export_tokenizer(tokenizer, out)
     if source.model.concept is not None:
         for name in REMOTE_CODE:
             shutil.copyfile(Path(megacocomix.hf.__file__).parent / name, out / name)
-    parameters = dict(source.model.named_parameters())
-    on_meta = (to_hf(name, parameter.to("meta"), num_heads) for name, parameter in parameters.items())
-    shapes = {name: tensor.shape for name, tensor in on_meta}
-    ours = {hf_name(name): name for name in parameters}
-    read = lambda name: to_hf(ours[name], parameters[ours[name]].detach(), num_heads)[1]
-    write_safetensors(out / "model.safetensors", shapes, read, dtype)
+    parameters = {name: parameter.detach() for name, parameter in source.model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    write_hf_weights(out / "model.safetensors", shapes, parameters.__getitem__, source.shape.num_heads, dtype)
 
 
 def to_cocomix(source: LoadedModel) -> "CocomixForCausalLM":
-    """A model of ours, with concepts or without, as the module that an exported folder carries: the one that has a
-    cache. In memory, fp32, in eval mode."""
+    """Our model, with concepts or without, as the transformers class that exported folders carry. It has a cache. In
+    memory, in fp32, in eval mode."""
     from megacocomix.hf.configuration_cocomix import CocomixConfig
     from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
 
@@ -98,27 +92,10 @@ def to_cocomix(source: LoadedModel) -> "CocomixForCausalLM":
     return model.eval()
 
 
-def _write_json(file: Path, values: dict) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n")
-
-
 def _config(source: LoadedModel) -> dict:
     """config.json without the ids of special tokens."""
-    shape, model = source.shape, source.model
-    sizes = {
-        "n_layer": shape.num_layers,
-        "n_embd": shape.hidden_size,
-        "n_head": shape.num_heads,
-        "n_positions": shape.context,
-        "vocab_size": shape.vocab_size,
-        "layer_norm_epsilon": LAYER_NORM_EPS,
-        "attn_pdrop": shape.dropout,
-        "embd_pdrop": shape.dropout,
-        "resid_pdrop": shape.dropout,
-        "initializer_range": INIT_STD,
-        "tie_word_embeddings": True,
-    }
-    if model.concept is None:
+    sizes = gpt2_config(source.shape) | {"initializer_range": INIT_STD}
+    if source.model.concept is None:
         return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new"} | sizes
     return {
         "architectures": ["CocomixForCausalLM"],
@@ -127,14 +104,14 @@ def _config(source: LoadedModel) -> dict:
             "AutoConfig": "configuration_cocomix.CocomixConfig",
             "AutoModelForCausalLM": "modeling_cocomix.CocomixForCausalLM",
         },
-        **{key: getattr(model.method, key) for key in ARCHITECTURE},
+        **{key: getattr(source.model.method, key) for key in ARCHITECTURE},
     } | sizes
 
 
 @torch.no_grad()
 def _compare(source: LoadedModel, folder: Path, dtype: str) -> Parity:
-    """Both models read the same tokens in fp64: in fp32, rounding alone would now and then swap the last concept kept
-    with the first one dropped. The source's weights are rounded as the folder's are."""
+    """Both models read the same tokens in fp64. In fp32, rounding alone would sometimes swap the last kept concept with
+    the first dropped one. The source's weights are rounded to `dtype` first, as the folder's are."""
     shape = source.shape
     tokens = torch.randint(shape.vocab_size, (2, shape.context), generator=torch.Generator().manual_seed(0))
     ours = copy.deepcopy(source.model).eval()
@@ -162,6 +139,6 @@ def _load(folder: Path, has_concepts: bool) -> torch.nn.Module:
     from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
 
     logging.disable_progress_bar()
-    # The class itself, of which the folder holds a copy: AutoModel would leave another one in the user's cache.
+    # The class itself, of which the folder holds a copy: AutoModel would leave another copy in the user's cache.
     model_class = CocomixForCausalLM if has_concepts else GPT2LMHeadModel
     return model_class.from_pretrained(folder, dtype=torch.float32).eval()

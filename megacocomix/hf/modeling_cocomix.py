@@ -1,17 +1,19 @@
-"""CoCoMix for transformers: GPT-2 that predicts concepts before block `insertion_layer` and reads them with its tokens.
+"""CoCoMix for transformers: a GPT-2 that predicts concepts before block `insertion_layer` and mixes them into its
+hidden states.
 
-Needs torch and transformers alone. Parameters have Hugging Face GPT-2's names, those of the concepts the names of the
-published code.
+Needs only torch and transformers. Parameters have Hugging Face GPT-2's names; those of the concept module have the
+published code's names.
 
-Shapes: B batch, T new tokens, P tokens in the cache, N = P + T, S slots (one a token in the blocks below
-`insertion_layer`, two a token from it on: the token and its concept), D width, H heads, C concepts, K kept concepts,
-V vocabulary, E width of a teacher.
+Shapes: B batch, T new tokens, P cached tokens, N = P + T, S slots (one a token in the blocks below `insertion_layer`,
+two a token from it on: the token and its concept), D width, H heads, C concepts, K kept concepts, V vocabulary,
+E width of a teacher.
 
-What is unusual: the cache keeps one row a token in every block. From `insertion_layer` on a row holds the keys of both
-slots side by side, [B, H, N, 2·D/H]. So every block's cache is as long as the text, which is what generation, beam
-search and cropping rely on, wherever the concepts are put in. With and without a cache the numbers agree to rounding;
-only where the last concept kept and the first one dropped score the same to rounding may the two keep different ones.
-Where only every n-th token has a slot (`interleave_every`), the others have one too, which nothing sees.
+The cache is unusual: it holds one row a token in every block. From `insertion_layer` on, a row holds the keys of both
+slots side by side, [B, H, N, 2·D/H]. So every block's cache is as long as the text, for any `insertion_layer`:
+generation, beam search and cropping rely on that. Results with and without a cache agree to rounding. The one exception
+is a tie: if the last kept concept and the first dropped one have the same logit to rounding, the two may keep different
+concepts. If only every n-th token has a slot (`interleave_every`), the other tokens have one too, but nothing attends
+to it.
 """
 
 from dataclasses import dataclass
@@ -30,10 +32,10 @@ STANDARDIZE_EPS = 1e-5
 
 
 def visible_slots(keys_BS, num_queries):
-    """Which slots each new slot may attend to: bool [B, 1, Q, S], of the last Q of S slots.
+    """The slots that each of the last Q of S slots may attend to: bool [B, 1, Q, S].
 
-    `keys_BS` is False at padding and where a token has no slot. A slot sees the real slots up to itself, and always
-    itself: a row of padding that sees nothing would become NaN and spread.
+    `keys_BS` is False at padding and at slots that a token does not have. A slot attends to the real slots up to
+    itself, and always to itself: a padding row that attends to nothing would become NaN, which would spread.
     """
     num_keys = keys_BS.shape[1]
     key = torch.arange(num_keys, device=keys_BS.device)
@@ -55,7 +57,7 @@ class CocomixAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x_BSD, visible, cache):
-        """`visible` is None where all new slots are the text and none is padding: then plain causal attention."""
+        """`visible` is None if there are no cached slots and no padding: then attention is plainly causal."""
         qkv = self.c_attn(x_BSD).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, S, D/H]
         if cache is not None:
@@ -66,11 +68,11 @@ class CocomixAttention(nn.Module):
         return self.resid_dropout(self.c_proj(mixed.transpose(1, 2).flatten(2)))
 
     def _rows(self, x_BHSd):
-        """[B, H, T·num_slots, D/H] → a cache row a token, [B, H, T, num_slots·D/H]."""
+        """[B, H, T·num_slots, D/H] → one cache row a token, [B, H, T, num_slots·D/H]."""
         return x_BHSd.unflatten(2, (-1, self.num_slots)).flatten(3)
 
     def _slots(self, x_BHNd):
-        """The way back: [B, H, N, num_slots·D/H] → [B, H, N·num_slots, D/H]."""
+        """The inverse: [B, H, N, num_slots·D/H] → [B, H, N·num_slots, D/H]."""
         return x_BHNd.unflatten(3, (self.num_slots, -1)).flatten(2, 3)
 
 
@@ -99,13 +101,13 @@ class CocomixBlock(nn.Module):
         self.mlp = CocomixMLP(config)
 
     def forward(self, x_BSD, visible, cache):
-        """[B, S, D] → [B, S, D]; adds the new keys and values to `cache`, where there is one."""
+        """[B, S, D] → [B, S, D]; adds the new keys and values to `cache`, if it is not None."""
         x_BSD = x_BSD + self.attn(self.ln_1(x_BSD), visible, cache)
         return x_BSD + self.mlp(self.ln_2(x_BSD))
 
 
 class CocomixHiddenPredictor(nn.Module):
-    """A teacher's hidden state, by two layers around a GELU: [B, T, D] → [B, T, E]."""
+    """Predicts a teacher's hidden state with two layers around a GELU: [B, T, D] → [B, T, E]."""
 
     def __init__(self, config):
         super().__init__()
@@ -118,8 +120,8 @@ class CocomixHiddenPredictor(nn.Module):
 
 
 class CocomixTopK(nn.Module):
-    """Concept logits [B, T, C] → the K largest of each token (values, indices), [B, T, K], largest first. A module of
-    its own, so that a forward hook can read what is kept, or change it."""
+    """Concept logits [B, T, C] → the K largest of each token (values, indices), [B, T, K], largest first. A module, so
+    that a forward hook can read or change the kept concepts."""
 
     def __init__(self, config):
         super().__init__()
@@ -131,7 +133,7 @@ class CocomixTopK(nn.Module):
 
 
 class CocomixTransformer(nn.Module):
-    """Everything but the head."""
+    """The model without its next-token head."""
 
     def __init__(self, config):
         super().__init__()
@@ -158,11 +160,11 @@ class CocomixTransformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def forward(self, tokens_BT, mask_BN, cache):
-        """int64 [B, T] and the mask of all tokens (None: nothing cached, no padding) → (x̂ [B, T, D] that the head
-        reads, concept logits [B, T, C] or None)."""
+        """int64 [B, T] and the mask of all tokens (None: nothing cached, no padding) → (hidden states before the head
+        [B, T, D], concept logits [B, T, C] or None)."""
         num_tokens = tokens_BT.shape[1]
         if mask_BN is None and self.interleaves and self.every > 1:
-            mask_BN = torch.ones_like(tokens_BT)  # nothing may see the slots that are none
+            mask_BN = torch.ones_like(tokens_BT)  # nothing may attend to a slot that a token does not have
         if mask_BN is None:
             positions = torch.arange(num_tokens, device=tokens_BT.device)
             visible, has_slot_BT1 = {1: None, 2: None}, None
@@ -178,14 +180,13 @@ class CocomixTransformer(nn.Module):
             if layer == self.insertion_layer:
                 x, concept_logits_BTC = self.mix(x)
             x = block(x, visible[block.attn.num_slots], cache)
-        if self.interleaves:  # a token's slot predicts, where it has one
+        if self.interleaves:  # a token's slot predicts its next token, if it has a slot
             x = x[:, 1::2] if has_slot_BT1 is None else torch.where(has_slot_BT1, x[:, 1::2], x[:, ::2])
         return self.ln_f(x), concept_logits_BTC
 
     def mix(self, x_BTD):
-        """Put after each token, or add to it, the vector of what is predicted there: [B, T, D] → ([B, 2T, D] or
-        [B, T, D], concept logits [B, T, C] or None). Statistics are fp32, with unbiased std and eps outside the root,
-        as in training."""
+        """Insert each token's concept vector after it, or add it: [B, T, D] → ([B, 2T, D] or [B, T, D], concept logits
+        [B, T, C] or None). Statistics are in fp32, with unbiased std and eps outside the root, as in training."""
         vector_BTD, logits_BTC = None, None
         if self.pause_vector is not None:
             vector_BTD = self.pause_vector.expand_as(x_BTD)
@@ -208,8 +209,7 @@ class CocomixTransformer(nn.Module):
         return torch.stack((x_BTD, vector_BTD), dim=2).flatten(1, 2), logits_BTC
 
     def compress(self, value_BTK, index_BTK):
-        """The K largest logits → a weighted sum of their K columns, [B, T, D]; never a dense product with a vector of
-        C."""
+        """The K largest logits → a weighted sum of their K columns, [B, T, D], without a dense product over C."""
         rows = F.embedding_bag(
             index_BTK.flatten(0, 1),
             self.compress_layer.weight.T,
@@ -221,13 +221,13 @@ class CocomixTransformer(nn.Module):
 
 @dataclass
 class CocomixOutput(CausalLMOutputWithPast):
-    """`logits` [B, T, V] has one row a token; `concept_logits` [B, T, C] is there when asked for and predicted."""
+    """`logits` [B, T, V] has one row a token. `concept_logits` [B, T, C] is None unless asked for and predicted."""
 
     concept_logits: torch.FloatTensor | None = None
 
 
 class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
-    """CoCoMix with its tied next-token head."""
+    """CoCoMix with its next-token head, tied to the token embedding."""
 
     config_class = CocomixConfig
     base_model_prefix = "transformer"
@@ -253,7 +253,7 @@ class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
                 nn.init.normal_(module.pause_vector, std=self.config.initializer_range)
 
     def get_input_embeddings(self):
-        """The token embedding, which the head shares."""
+        """The token embedding, tied to the head."""
         return self.transformer.wte
 
     def set_input_embeddings(self, value):
@@ -273,10 +273,10 @@ class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         """int64 tokens [B, T] → CocomixOutput.
 
-        - `attention_mask` [B, N]: 0 at padding, over cached and new tokens; positions are counted from it.
+        - `attention_mask` [B, N]: 0 at padding, over cached and new tokens. Positions are counted from it.
         - `past_key_values`: a DynamicCache, which grows by the new tokens.
-        - `labels` [B, T]: usually `input_ids`; -100 is left out. `loss` is the mean over the tokens that follow others.
-        - `logits_to_keep`: logits of the last so many tokens only (0: all).
+        - `labels` [B, T]: usually `input_ids`; -100 is ignored. `loss` is the mean over all tokens but the first.
+        - `logits_to_keep`: compute logits only for this many last tokens (0: all).
         """
         num_tokens = input_ids.shape[1]
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -287,8 +287,8 @@ class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, num_all)
         if attention_mask is not None and attention_mask.shape != (len(input_ids), num_all):
             raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)}, not {[len(input_ids), num_all]}: a row a text, a "
-                "column for each cached and each new token (static caches are not supported)."
+                f"attention_mask is {list(attention_mask.shape)}, not {[len(input_ids), num_all]}: one row a text, "
+                "one column for each cached and each new token (static caches are not supported)."
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training

@@ -1,9 +1,9 @@
-"""One way to open a model: a run, a checkpoint or a Hugging Face folder → a model of transformers that can be measured,
-read, steered and decoded with a cache.
+"""Opens a run, a native checkpoint or a Hugging Face folder as a transformers model, which can be evaluated, inspected,
+steered and decoded with a cache.
 
-GPT-2 and CoCoMix become the class that an exported folder carries (modeling_cocomix.py), in fp32, by our own code and
-never by the folder's; a model without concepts is one whose concept module has no parts. Any other causal language
-model keeps the class that transformers has for it.
+GPT-2 and CoCoMix are opened in fp32 as the class in modeling_cocomix.py, with our code and never with code from the
+folder. A model without concepts has an empty concept module. Any other causal language model keeps its own transformers
+class.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model in eval mode and in fp32, where it was found (of a run: the checkpoint), the SHA-256 of its weights, and
-    the config it was trained with, where the folder has one."""
+    """A model in eval mode and in fp32, its folder (for a run: the checkpoint), the SHA-256 of its weights, and the
+    config it was trained with (None if the folder records none)."""
 
     model: PreTrainedModel
     path: Path
@@ -38,36 +38,36 @@ class OpenModel:
 
     @property
     def context(self) -> int:
-        """Most tokens that it reads."""
+        """The largest number of tokens it can read."""
         return self.model.config.max_position_embeddings
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """The device of its weights."""
         return self.model.device
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Raises UserError where the folder records none, or one of more tokens than the model has."""
+        """Raises UserError if the folder records none, or one with a larger vocabulary than the model's."""
         spec = self._tokenizer_spec
         try:
             tokenizer = load_tokenizer(spec)
         except UserError as error:
             if self.config is None:
                 raise
-            where = f"So says the config in {self.path}, whose paths are relative to the folder its run was started in."
+            where = f"The config in {self.path} names it, relative to the folder in which its run was started."
             raise UserError(*error.problems, where) from None
         self._check_vocabulary(tokenizer.vocab_size)
         return tokenizer
 
     @cached_property
     def hf_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The same as transformers has it, with the files that an exported folder carries. Raises UserError."""
+        """The same tokenizer as transformers' class. Raises UserError."""
         spec = self._tokenizer_spec
         if Path(spec).is_dir():
             tokenizer = load_hf_tokenizer(Path(spec))
         else:
-            load_tokenizer(spec)  # has the better errors
+            load_tokenizer(spec)  # for its better error messages
             with TemporaryDirectory() as folder:
                 export_tokenizer(spec, Path(folder))
                 tokenizer = load_hf_tokenizer(Path(folder))
@@ -88,14 +88,13 @@ class OpenModel:
             raise UserError(f"{self.path} has a vocabulary of {size}, but its tokenizer one of {num_tokens}.")
 
     def has_slot(self, position: Tensor) -> Tensor:
-        """Which token positions have a concept slot: those for which something is predicted (method.interleave_every),
-        bool of the same shape."""
+        """Whether token positions have a concept slot (method.interleave_every), bool of the same shape."""
         return (position + 1) % self.model.config.interleave_every == 0
 
 
 def open_model(path: str | Path, device: str | torch.device | None = None) -> OpenModel:
-    """The model in a run, a checkpoint of ours or a Hugging Face folder, on `device` (default: the GPU where there is
-    one). Raises UserError where there is none, or none that can be run."""
+    """The model in a run, a native checkpoint or a Hugging Face folder, on `device` (default: the GPU if there is one).
+    Raises UserError if there is no model, or none that can be run."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind, found = detect(path)
     if kind in ("megatron", "deepspeed"):
@@ -107,12 +106,11 @@ def open_model(path: str | Path, device: str | torch.device | None = None) -> Op
     if model_type not in (None, "gpt2", "cocomix"):
         return _open_with_transformers(found, device)
     try:
-        # Of a run its folder, which is compared with its hashes only once.
-        loaded = load_model(path)
+        loaded = load_model(found)
     except UserError:
         if model_type != "gpt2":
             raise
-        return _open_with_transformers(found, device)  # a kind of GPT-2 that is not ours, such as an untied head
+        return _open_with_transformers(found, device)  # a GPT-2 that our modules cannot run, such as an untied one
     return OpenModel(to_cocomix(loaded).to(device), loaded.path, loaded.sha256, loaded.config)
 
 
@@ -122,7 +120,7 @@ def _open_with_transformers(folder: Path, device: str | torch.device) -> OpenMod
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers raises whatever its parsers do
+    except Exception as error:  # transformers raises many types
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} is no causal language model that can be loaded ({reason:.200}).") from None
     if not getattr(model.config, "max_position_embeddings", None):
@@ -131,7 +129,7 @@ def _open_with_transformers(folder: Path, device: str | torch.device) -> OpenMod
 
 
 def check_is_cocomix(opened: OpenModel) -> None:
-    """Raises UserError for a model of another architecture, whose cache and padding are not as decoding here needs."""
+    """Raises UserError for another architecture: its cache and padding are not as our decoding needs them."""
     if not isinstance(opened.model, CocomixForCausalLM):
         raise UserError(f"{opened.path} is a {type(opened.model).__name__}: only GPT-2 and CoCoMix are decoded here.")
 
@@ -142,7 +140,7 @@ def check_has_concepts(opened: OpenModel) -> None:
     predict = opened.model.config.predict
     if predict == "concepts":
         return
-    instead = "a teacher's hidden state, and no concepts" if predict == "hidden" else "no concepts"
+    instead = "a teacher's hidden state, not concepts" if predict == "hidden" else "no concepts"
     raise UserError(f"{opened.path} predicts {instead}: there is nothing to inspect or to steer.")
 
 

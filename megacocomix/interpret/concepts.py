@@ -1,8 +1,8 @@
-"""Everything about each concept from one reading: how often it is kept and how strongly, whether the teacher labels
-the same positions with it, where it is strongest, and which tokens it promotes.
+"""Statistics of each concept from one reading: how often and how strongly it is kept, whether the teacher labels the
+same positions with it, where it is strongest, and which tokens it promotes.
 
 Shapes: N positions, M largest concepts of a position, K of them kept, C concepts, P pairs (a position, a concept kept
-there), k labels of a position, D width, V vocabulary, S concepts whose promoted tokens are asked for.
+there), k labels of a position, D width, V vocabulary, S concepts whose promoted tokens are requested.
 """
 
 from collections.abc import Sequence
@@ -18,68 +18,68 @@ from megacocomix.interpret.reading import LOOKED_AT, Reading
 from megacocomix.model.losses import CHUNK_ELEMENTS
 
 SMALL_NORM = 1e-2
-"""A concept whose compress column has a smaller norm counts as unused; at 386M 5.8 % of them do (paper §3.3)."""
+"""A concept counts as unused if its compress column has a smaller norm; at 386M 5.8 % of them do (paper §3.3)."""
 NUM_BINS = 20
 NUM_PROMOTED = 10
 NUM_CONTEXTS = 8
 
 
 class Pairs(NamedTuple):
-    """The kept concepts of all slots: by concept, strongest first, then by position."""
+    """The kept concepts of all slots, sorted by concept, then strongest first, then by position."""
 
     concept: np.ndarray
     """int64 [P], ascending."""
     position: np.ndarray
-    """int64 [P], into the reading's positions."""
+    """Index into the reading's positions, int64 [P]."""
     value: np.ndarray
     """Raw logits, fp32 [P]."""
     rank: np.ndarray
-    """0 for a concept's strongest, int64 [P]."""
+    """0 for a concept's strongest position, int64 [P]."""
 
 
 class Usage(NamedTuple):
-    """How the model uses its concepts; arrays [C], `histogram` [C, NUM_BINS]."""
+    """How the model uses its concepts. Arrays are [C], `histogram` is [C, NUM_BINS]."""
 
     kept: np.ndarray
-    """Positions where it is kept."""
+    """Number of positions where it is kept."""
     top_1: np.ndarray
-    """Positions where it is the largest."""
+    """Number of positions where it is the largest."""
     mean: np.ndarray
-    """Of its logits where it is kept; NaN where it never is. fp64."""
+    """Mean of its logits where it is kept, fp64. NaN if it is never kept; so is `largest`."""
     largest: np.ndarray
     low: float
     high: float
-    """The histogram's ends, the same for all concepts."""
+    """The ends of the histogram, the same for all concepts."""
     histogram: np.ndarray
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far predictions and the teacher's labels agree, over the labelled positions; arrays [C]. With num 1 or 4, a
-    concept is predicted where it is among the so many largest."""
+    """Agreement of predictions with the teacher's labels, over the labelled positions. Arrays are [C]. `num` is 1 or 4:
+    a concept is predicted where it is among the `num` largest."""
 
     num_labelled: int
     labelled: np.ndarray
-    """Positions whose labels have it."""
+    """Number of positions whose labels include it."""
     predicted: dict[int, np.ndarray]
     hits: dict[int, np.ndarray]
-    """Positions where it is predicted, and among the labels."""
+    """Number of positions where it is predicted and among the labels."""
     hit_share: dict[int, float | None]
-    """Share of the positions where any predicted concept is among the labels."""
+    """Share of positions where any predicted concept is among the labels."""
     recall_share: float | None
-    """Mean share of a position's labels that are among the 4 largest."""
+    """Share of a position's labels that are among the 4 largest, mean over positions."""
 
     def precision(self, num: int) -> np.ndarray:
-        """Of the positions where it is predicted, the share where it is a label, [C]; NaN where it never is."""
+        """Of the positions where a concept is predicted, the share where it is a label, [C]; NaN if there are none."""
         return _ratio(self.hits[num], self.predicted[num])
 
     def recall(self, num: int) -> np.ndarray:
-        """Of the positions whose labels have it, the share where it is predicted, [C]; NaN where there are none."""
+        """Of the positions where a concept is a label, the share where it is predicted, [C]; NaN if there are none."""
         return _ratio(self.hits[num], self.labelled)
 
 
 class Promoted(NamedTuple):
-    """Tokens that concepts promote or suppress: ids and scores [S, 10], most first."""
+    """The tokens that concepts promote and suppress most: ids and scores, [S, NUM_PROMOTED]."""
 
     top_index: np.ndarray
     top_score: np.ndarray
@@ -88,7 +88,7 @@ class Promoted(NamedTuple):
 
 
 def kept_pairs(reading: Reading) -> Pairs:
-    """All pairs, sorted once for everything that is asked of them."""
+    """All pairs of a reading. They are sorted once here; the functions below rely on the order."""
     slots = np.flatnonzero(reading.has_slot)
     concept = reading.index[slots, : reading.num_kept].ravel()
     value = reading.value[slots, : reading.num_kept].ravel()
@@ -113,10 +113,10 @@ def count_usage(reading: Reading, pairs: Pairs, num_concepts: int) -> Usage:
 
 
 def count_agreement(reading: Reading, num_concepts: int) -> Agreement:
-    """How far predictions and labels agree, of a reading that has labels."""
+    """Agreement of predictions and labels, for a reading that has labels."""
     rows = reading.is_labelled
     index_NM, labels_Nk = reading.index[rows, :LOOKED_AT], reading.labels[rows]
-    is_first_Nk = np.ones(labels_Nk.shape, bool)  # unmasked labels of a thin autoencoder may repeat an id
+    is_first_Nk = np.ones(labels_Nk.shape, bool)  # an id may repeat where unlabelled positions are not masked
     for place in range(1, labels_Nk.shape[1]):
         is_first_Nk[:, place] = (labels_Nk[:, :place] != labels_Nk[:, place, None]).all(1)
     is_hit_NM = (index_NM[:, :, None] == labels_Nk[:, None, :]).any(2)
@@ -134,7 +134,7 @@ def count_agreement(reading: Reading, num_concepts: int) -> Agreement:
 
 
 def top_contexts(reading: Reading, pairs: Pairs) -> dict[int, np.ndarray]:
-    """Concept → the positions of its largest logits, largest first: at most one a window, at most NUM_CONTEXTS."""
+    """Concept → the positions of its largest logits, largest first: at most one per window and NUM_CONTEXTS in all."""
     place = pairs.concept * len(reading.windows.tokens) + reading.window[pairs.position]
     first = np.sort(np.unique(place, return_index=True)[1])
     first = first[_ranks(pairs.concept[first]) < NUM_CONTEXTS]
@@ -144,21 +144,21 @@ def top_contexts(reading: Reading, pairs: Pairs) -> dict[int, np.ndarray]:
 
 
 def column_norms(student: OpenModel) -> np.ndarray | None:
-    """The norms of the compress columns, [C]; None for a model that mixes no concepts in."""
+    """The norms of the compress columns, [C]; None if the model mixes no concepts in."""
     layer = student.model.transformer.compress_layer
     return None if layer is None else layer.weight.detach().float().norm(dim=0).cpu().numpy()
 
 
 @torch.no_grad()
 def promoted_tokens(student: OpenModel, concepts: Sequence[int]) -> Promoted:
-    """The tokens that each concept's compress column points to, of a model that mixes concepts in.
+    """The tokens that each concept's compress column promotes and suppresses. The model must mix concepts in.
 
-    As with a logit lens the column is read as if it stood before the head: w = (column − its mean) ⊙ ln_f's gain,
-    score = w · token's row of the head, minus the mean over the vocabulary. The blocks between are skipped, which
-    turn it into something else: a hint at what a concept does, not a measurement (that is what steering is for).
+    As in a logit lens, the column is read as if it came directly before the head: w = (column − its mean) ⊙ ln_f's
+    gain, score = w · token's row of the head, minus the mean over the vocabulary. This skips the blocks between, which
+    transform the column. So the scores are a hint at the effect of a concept; steering measures the effect.
     """
     transformer = student.model.transformer
-    # A vocabulary may be padded; the rows past the tokenizer's belong to no token.
+    # The vocabulary may be padded: rows past the tokenizer's size belong to no token.
     head_VD = student.model.lm_head.weight[: student.tokenizer.vocab_size].float()
     most = min(NUM_PROMOTED, len(head_VD))
     concepts = torch.as_tensor(concepts, dtype=torch.int64, device=student.device)
@@ -175,7 +175,7 @@ def promoted_tokens(student: OpenModel, concepts: Sequence[int]) -> Promoted:
 
 
 def _ranks(sorted_P: np.ndarray) -> np.ndarray:
-    """Of each element of an ascending array, how many equal ones stand before it."""
+    """For each element of an ascending array, the number of equal elements before it."""
     return np.arange(len(sorted_P)) - np.searchsorted(sorted_P, sorted_P)
 
 

@@ -1,7 +1,7 @@
-"""Texts token by token, a batch at a time, with a cache; steered, and measured against what the model would have done.
+"""Decoding token by token, in batches, with a cache and with steering; the effect of the steering is measured.
 
-The unsteered model reads the same tokens in a second pass with a cache of its own: at each step the divergence of the
-two next-token distributions says what the steering does there, whatever was sampled before.
+The unsteered model reads the same tokens in a second pass with its own cache. At each step, the divergence between the
+two next-token distributions measures the effect of the steering at that step, whatever was sampled before.
 
 Shapes: B texts, T tokens of a pass, N tokens so far, K concepts kept, V vocabulary.
 """
@@ -30,25 +30,25 @@ from megacocomix.interpret.steering import Edit, Place, Steering, kept_concepts
 
 MOST_SEED = 2**63 - 1
 LEAST_TEMPERATURE = 1e-4
-"""Logits that are divided by less may no longer be finite."""
+"""Logits divided by a smaller temperature may overflow."""
 At = Literal["decoded", "all"] | Collection[int]
-"""Which tokens are steered. decoded: those whose prediction is a new token, from the prompt's last one on. all: the
-prompt's too. Else positions, counted from 0 at the first token of the prompt as it is read."""
+"""Which tokens are steered. decoded: the prompt's last token and all new tokens, which predict new tokens. all: the
+rest of the prompt too. Otherwise positions; position 0 is the first token of the prompt after truncation."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How next tokens are drawn. Raises one UserError with everything that cannot be."""
+    """How next tokens are drawn. Raises one UserError with a line for each invalid value."""
 
     max_new_tokens: int = 64
     temperature: float = 1.0
-    """0 takes the most probable token."""
+    """0: always take the most probable token."""
     top_k: int = 0
-    """Draw from the so many most probable tokens; 0: all."""
+    """Draw from this many of the most probable tokens; 0: from all."""
     top_p: float = 1.0
-    """Draw from the most probable tokens that together have this probability."""
+    """Draw from the most probable tokens whose probabilities add up to this."""
     min_p: float = 0.0
-    """Draw from tokens with at least this share of the most probable one's probability."""
+    """Draw from tokens with at least this share of the largest probability."""
     seed: int = 0
 
     def __post_init__(self):
@@ -63,12 +63,14 @@ class Sampling:
             "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
             "seed": (0 <= self.seed <= MOST_SEED, f"from 0 to {MOST_SEED}"),
         }
-        wrong = {key: rule for key, (is_valid, rule) in valid.items() if not is_valid}
-        if wrong:
-            raise UserError(*(f"{key} {getattr(self, key)} must be {rule}." for key, rule in wrong.items()))
+        problems = [
+            f"{key} {getattr(self, key)} must be {rule}." for key, (is_valid, rule) in valid.items() if not is_valid
+        ]
+        if problems:
+            raise UserError(*problems)
 
     def warpers(self) -> LogitsProcessorList:
-        """What is done to logits before a token is drawn, by transformers, in its order."""
+        """The changes to the logits before a token is drawn: those of transformers, in its order."""
         warpers = LogitsProcessorList()
         if self.temperature not in (0.0, 1.0):
             warpers.append(TemperatureLogitsWarper(float(self.temperature)))
@@ -86,20 +88,22 @@ Kept = tuple[int, float]
 
 
 class Step(NamedTuple):
-    """A new token of one text."""
+    """One new token of one text."""
 
     token: int
     kl: float
-    """KL(steered ‖ unsteered) of the distributions it was drawn from, in nats, before temperature and the like."""
+    """KL(steered ‖ unsteered) of the next-token distributions in nats, before temperature and other warpers."""
     kept: list[Kept]
-    """Concepts kept where it was predicted, largest first, with their logits after steering; none without a slot."""
+    """Concepts kept at the position that predicted it, largest first, with their logits after steering. Empty where
+    that position has no slot."""
     is_end: bool
-    """Whether it is the end of text, after which the text gets no more steps."""
+    """Whether the token is the end of text. The text gets no steps after it."""
 
 
 def fit_prompt(ids: list[int], context: int, max_new_tokens: int, eot_id: int) -> tuple[list[int], int]:
-    """The end of a prompt that leaves room for the new tokens in the context, and how many tokens were cut off its
-    beginning. An empty prompt begins a document. Raises UserError where no room for a prompt is left."""
+    """Truncate a prompt at its beginning so that the new tokens fit in the context. Returns its last tokens and the
+    number of tokens dropped. An empty prompt becomes one end-of-text token, which begins a document. Raises UserError
+    when the new tokens leave no room for a prompt."""
     if max_new_tokens >= context:
         raise UserError(
             f"max_new_tokens {max_new_tokens} leaves no room for a prompt in the context of {context} tokens. "
@@ -120,13 +124,13 @@ def decode(
     cached: bool = True,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[list[Step | None]]:
-    """For each new token a list with a Step for each prompt, or None where the text has ended; closing the iterator
-    ends the work.
+    """Yields, for each new token, a list with one Step per prompt; a text that has ended has None. Closing the iterator
+    stops decoding.
 
-    `edits` are those of each prompt. Each text draws from a generator of its own, seeded by `seeds` (default: the
-    sampling's seed and those after it): what it draws does not depend on the batch, and texts of the same seed differ
-    only where their distributions do. Without `cached` all tokens are read anew at each step. Raises UserError for
-    edits that cannot act.
+    `edits` has a list for each prompt. Each text has its own random generator, seeded by `seeds` (default: the
+    sampling's seed, then that plus 1, plus 2, …). So the draws of a text do not depend on its batch, and texts of one
+    seed differ only where their distributions differ. With `cached` false, every step reads all tokens again. Raises
+    UserError when the model cannot be steered.
     """
     edits = edits or [[] for _ in prompts]
     check_mixes_concepts(student) if any(edits) else check_is_cocomix(student)
@@ -137,13 +141,13 @@ def decode(
 
 
 class Reader(Protocol):
-    """Reads texts that grow by a token at a time. A reader serves one batch."""
+    """A model that reads texts which grow by one token per step. A reader serves one batch."""
 
     device: torch.device
 
     def read(self, tokens_BN: Tensor, position_BN: Tensor, where_BN: Tensor) -> tuple[Tensor, list[list[Kept]]]:
         """All tokens so far, their positions (negative: padding, on the left) and which of them are steered → logits
-        [B, V] of the next token, and what was kept at the last one, largest first."""
+        [B, V] of the next token, and the concepts kept at the last token, largest first."""
 
 
 @torch.no_grad()
@@ -156,11 +160,11 @@ def decode_with(
     at: At,
     seeds: Sequence[int] | None,
 ) -> Iterator[list[Step | None]]:
-    """`decode` of any reader; with `plain` the divergence from it is measured."""
+    """`decode` for any reader. With `plain`, measures the divergence from it."""
     seeds = seeds or [(sampling.seed + row) % (MOST_SEED + 1) for row in range(len(prompts))]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     warpers, device, width = sampling.warpers(), steered.device, max(map(len, prompts))
-    # Padding is on the left, so that all texts grow at the same end.
+    # Padding is on the left, so that all texts grow at their right end.
     rows = [[tokenizer.eot_id] * (width - len(ids)) + ids for ids in prompts]
     tokens_BN = torch.tensor(rows, device=device)
     first_B1 = torch.tensor([[width - len(ids)] for ids in prompts], device=device)
@@ -170,7 +174,7 @@ def decode_with(
         where_BN = _chosen(position_BN, at, width - 1 - first_B1)
         logits_BV, kept_B = steered.read(tokens_BN, position_BN, where_BN)
         if not logits_BV.isfinite().all():
-            raise UserError("the model's logits are not finite: it diverged, or its weights are damaged.")
+            raise UserError("the model's logits are not finite: its training diverged, or its weights are damaged.")
         kl_B = [0.0] * len(prompts)
         if plain:
             log_p_BV = logits_BV.log_softmax(-1)
@@ -189,7 +193,7 @@ def decode_with(
 
 
 class _StudentReader:
-    """A student, reading with its cache only what is new to it."""
+    """A student; with a cache it reads only the new tokens."""
 
     def __init__(self, student: OpenModel, steering: Steering | None, cached: bool):
         self.student, self.steering, self.device = student, steering, student.device
@@ -207,7 +211,7 @@ class _StudentReader:
                 use_cache=self.cache is not None,
                 logits_to_keep=1,
             )
-        # An embedding may have more rows than there are tokens: they stand for nothing.
+        # The embedding may be padded to more rows than there are tokens.
         logits_BV = out.logits[:, -1, : self.student.tokenizer.vocab_size].float()
         if not found:
             return logits_BV, [[] for _ in tokens_BN]
@@ -219,7 +223,7 @@ class _StudentReader:
 
 
 def kept_rows(index_BK: Tensor, value_BK: Tensor) -> list[list[Kept]]:
-    """(id, value) of each text, the largest first, which steering may have turned."""
+    """(id, value) pairs of each text, largest first. Sorts again, because steering may have changed the order."""
     order_BK = value_BK.argsort(dim=-1, descending=True, stable=True)
     index, value = index_BK.gather(-1, order_BK).tolist(), value_BK.gather(-1, order_BK).tolist()
     return [list(zip(*pair, strict=True)) for pair in zip(index, value, strict=True)]
@@ -235,8 +239,8 @@ def _chosen(position_BN: Tensor, at: At, last_B1: Tensor) -> Tensor:
 
 
 def _draw(logits_BV: Tensor, is_greedy: bool, generators: list[torch.Generator]) -> Tensor:
-    """int64 [B]. The largest of p / exponential noise falls on each token with its probability: the noise of a seed is
-    the same whatever the distribution, so two that are alike give the same token."""
+    """int64 [B]. The argmax of p / exponential noise is token i with probability p_i. A seed's noise does not depend on
+    the distribution, so equal distributions give the same token."""
     if is_greedy:
         return logits_BV.argmax(-1)
     size = logits_BV.shape[-1]

@@ -1,8 +1,8 @@
-"""An inspection record → one HTML file that needs nothing else: no network, no build, no framework.
+"""An inspection record → one self-contained HTML file: no network, no build, no framework.
 
-The sources are read in megacocomix/interpret/page: page.html, page.css, and four scripts that become one module. The
-record is a stranger's text. It travels as JSON in which no character can end a script, the scripts write it into the
-page as text and never as markup, and the policy in the page's head lets nothing run but those scripts.
+Its sources are in megacocomix/interpret/page: page.html, page.css, and four scripts that become one module. The record
+holds untrusted text, so there are three protections. Its JSON is escaped: no character in it can end a script element.
+The scripts insert it as text, never as markup. And the policy in the page's head allows no other script to run.
 """
 
 import base64
@@ -13,18 +13,18 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "page"
 SCRIPTS = ("page.js", "card.js", "text.js", "live.js")
-MOST_CONCEPTS = 2_000  # with their contexts about 2 kB each
+MOST_CONCEPTS = 2_000  # about 2 kB each with their contexts
 
-# What ends a script or a line of one, and halves of a character, which are no UTF-8.
+# Characters that can end a script or one of its lines, and surrogates, which UTF-8 cannot encode.
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 
 
 def render(record: dict, live: dict | None = None) -> str:
-    """The page that shows an inspection record, as the text of one HTML file (UTF-8).
+    """The page of an inspection record, as the text of one HTML file (UTF-8).
 
-    `live`: None for a file; for a page that a server answers, what its generation allows (context, max_new_tokens,
-    num_concepts). Of a record with more than 2,000 concepts the page describes those that occur in the shown windows
-    first, then the most frequent, and says how many it left out.
+    `live` is None for a file. For a served page it has the limits of generation (context, max_new_tokens,
+    num_concepts). If the record has more than MOST_CONCEPTS concepts, the page has first those in the shown windows,
+    then the most frequent, and it shows how many are left out.
     """
     style = (SOURCES / "page.css").read_text(encoding="utf-8")
     script = "\n".join((SOURCES / name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -35,16 +35,17 @@ def render(record: dict, live: dict | None = None) -> str:
         "live": _data(live),
         "script": script,
     }
-    # In one pass: a text of the record that looks like a place of ours stays a text.
+    # In one pass, so that a text of the record that looks like a placeholder is not replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], (SOURCES / "page.html").read_text(encoding="utf-8"))
 
 
 def _policy(style: str, script: str, served: bool) -> str:
-    """What the browser lets the page do: run and style itself with these sources, and call its own server."""
+    """The Content-Security-Policy: the page may use only these sources, and call only its own server."""
+    digest = lambda source: f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
     rules = {
         "default-src": "'none'",
-        "script-src": _hash(script),
-        "style-src": _hash(style),
+        "script-src": digest(script),
+        "style-src": digest(style),
         "img-src": "data:",
         "connect-src": "'self'" if served else "'none'",
         "base-uri": "'none'",
@@ -53,21 +54,21 @@ def _policy(style: str, script: str, served: bool) -> str:
     return "; ".join(f"{name} {value}" for name, value in rules.items())
 
 
-def _hash(source: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
-
-
 def _data(value: dict | None) -> str:
-    """JSON for a script element: the parser of HTML finds no end of a script and no comment in it."""
+    """JSON for a script element. The HTML parser finds no end of a script and no comment in it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def _for_page(record: dict) -> dict:
-    """The record with at most MOST_CONCEPTS concepts, how many it had, and the names of those that the windows still
-    speak of."""
+    """The record with at most MOST_CONCEPTS concepts, the number it had, and the names of the concepts that were
+    removed but occur in the windows."""
     concepts = record["concepts"]
-    shown = _in_windows(record["windows"])
+    shown: set[int] = set()  # concepts that are kept, labelled or active in the shown windows
+    for window in record["windows"]:
+        for pairs in [*window["kept"], *(window["active"] or [])]:
+            shown.update(concept for concept, _ in pairs)
+        shown.update(*filter(None, window["labels"] or []))
     first = sorted(concepts, key=lambda concept: concept["id"] not in shown)[:MOST_CONCEPTS]
     kept = {concept["id"] for concept in first}
     return {
@@ -76,14 +77,3 @@ def _for_page(record: dict) -> dict:
         "num_described": len(concepts),
         "names": {c["id"]: c["name"] for c in concepts if c["id"] in shown - kept},
     }
-
-
-def _in_windows(windows: list[dict]) -> set[int]:
-    """Concepts that are kept, labelled or active anywhere in the shown windows."""
-    found: set[int] = set()
-    for window in windows:
-        for pairs in [*window["kept"], *(window["active"] or [])]:
-            found.update(concept for concept, _ in pairs)
-        for labels in window["labels"] or []:
-            found.update(labels or [])
-    return found

@@ -1,12 +1,11 @@
-"""The page with a model behind it: texts are generated, plain and steered side by side, and streamed while they grow.
+"""The server of the page: it generates texts, plain and steered side by side, and streams them while they grow.
 
-One generation runs at a time, in a thread of its own, because a model on one device gains nothing from two; the
-others wait in line, first come, first served, and are told their place. What a client has not read yet waits for it,
-not the line for the client.
+One generation runs at a time, in its own thread, because one device runs two no faster. The others wait in line, first
+come, first served, and their clients get their position. Events for a slow client are buffered, so it holds up no one.
 
-On a loopback address anybody on the machine may use it, but no other web site may through a browser on it: requests
-under a foreign name (DNS rebinding) or from a foreign page are refused. Elsewhere a token is asked for. Neither
-tokens nor prompts are logged.
+On a loopback address, everyone on the machine may use the server, but other web sites may not use it through a browser
+on the machine: requests with another host name (DNS rebinding) or from another site's page are refused. On any other
+address a token is required. Neither tokens nor prompts are logged.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ from megacocomix.hf.open import OpenModel
 from megacocomix.interpret.live import Limits, generate, read_task
 
 logger = logging.getLogger(__name__)
-# aiohttp would log malformed requests, in which a token may stand.
+# aiohttp would log malformed requests, which may hold a token.
 silent = logging.getLogger(f"{__name__}.http")
 silent.disabled = True
 
@@ -45,11 +44,11 @@ LOOPBACK = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]+)?", re.
 TOKEN = re.compile(r"[A-Za-z0-9._~-]{8,}")
 RETRY_SECONDS = 5
 SHUTDOWN_SECONDS = 1
-"""How long a stopped server waits for clients to take what they were sent last."""
+"""How long a stopped server waits for clients to receive their last events."""
 
 
 class Job:
-    """A generation in line: `outbox` holds the lines to send to its client, then None."""
+    """A generation in line. `outbox` has the lines to send to its client, then None."""
 
     def __init__(self, events: Callable[[], Iterator[dict]]):
         self.events = events
@@ -57,16 +56,17 @@ class Job:
         self.is_left = threading.Event()
 
     def post(self, event: dict) -> None:
-        """Send an event from the event loop."""
+        """Send an event. Call it on the event loop."""
         self.outbox.put_nowait(_line(event))
 
     def end(self, event: dict) -> None:
-        """Send the last event from the event loop."""
+        """Send the last event. Call it on the event loop."""
         self.post(event)
         self.outbox.put_nowait(None)
 
     def run(self, send: Callable[[bytes], object]) -> dict:
-        """Generate until done or left, handing lines to `send`; → the event that ends them. Never raises."""
+        """Generate until done or until the client leaves, and pass lines to `send`. Returns the last event. Never
+        raises."""
         try:
             with closing(self.events()) as events:
                 for event in events:
@@ -91,7 +91,7 @@ def _error_event(message: str) -> dict:
 
 
 class Line:
-    """Jobs, first come, first served: the first runs, the others wait. All methods are for the event loop."""
+    """Jobs, first come, first served: the first runs, the others wait. Call all methods on the event loop."""
 
     def __init__(self, max_waiting: int):
         self.max_waiting = max_waiting
@@ -101,11 +101,11 @@ class Line:
 
     @property
     def is_full(self) -> bool:
-        """Whether it takes no more jobs."""
+        """Whether it accepts no more jobs."""
         return not self.is_open or len(self.jobs) > self.max_waiting
 
     def join(self, job: Job) -> None:
-        """Run it, or have it wait at the end of the line."""
+        """Run a job, or append it to the line."""
         self.jobs.append(job)
         if len(self.jobs) == 1:
             self._start()
@@ -113,17 +113,17 @@ class Line:
             self._tell_places(from_place=len(self.jobs) - 1)
 
     def leave(self, job: Job) -> None:
-        """Its client is gone, or has all. A job that runs stops within a step, then the next one starts."""
+        """Drop a job, because its client is gone or has all events. A running job stops within one decoding step."""
         job.is_left.set()
         if job in self.jobs[1:]:
             self._remove(self.jobs.index(job))
 
     def close(self) -> None:
-        """End all jobs and tell their clients."""
+        """End all jobs, and send their clients an error event."""
         self.is_open = False
         for job in self.jobs:
             job.is_left.set()
-            job.end(_error_event("the server is being stopped."))
+            job.end(_error_event("the server is stopping."))
         del self.jobs[1:]
 
     def _start(self) -> None:
@@ -136,7 +136,7 @@ class Line:
         self._remove(0)
         if self.jobs:
             self._start()
-        job.end(ran.result())  # after it made room: its client may ask for more at once
+        job.end(ran.result())  # after making room in the line: the client may send its next request at once
 
     def _remove(self, place: int) -> None:
         del self.jobs[place]
@@ -148,7 +148,7 @@ class Line:
 
 
 class _Refusal(Exception):
-    """A request that is answered with a status and one line."""
+    """A request that is refused with a status and one line."""
 
     def __init__(self, status: int, line: str, **headers: str):
         super().__init__(line)
@@ -156,13 +156,15 @@ class _Refusal(Exception):
 
 
 class _Site:
+    """The handlers of the app."""
+
     def __init__(self, student: OpenModel, page: str, token: str | None, limits: Limits):
         self.student, self.page, self.token, self.limits = student, page.encode(), token, limits
         self.line = Line(limits.max_waiting)
 
     @web.middleware
     async def guard(self, request: web.Request, handler) -> web.StreamResponse:
-        """Let through who may; answer whatever goes wrong before a stream has begun."""
+        """Check the sender, and answer every error that occurs before a stream begins."""
         try:
             self.check_sender(request)
             return await handler(request)
@@ -177,7 +179,7 @@ class _Site:
             raise
         except Exception:
             logger.exception("a request failed")
-            refusal = _Refusal(500, "the server failed: its log says where.")
+            refusal = _Refusal(500, "the server failed: see its log.")
         if request.path == "/":
             return web.Response(status=refusal.status, text=f"{refusal.line}\n", headers=refusal.headers)
         return web.json_response({"error": refusal.line}, status=refusal.status, headers=refusal.headers)
@@ -189,15 +191,15 @@ class _Site:
             given = request.query.get("token", "") if request.path == "/" else bearer * (scheme.lower() == "bearer")
             is_known = hmac.compare_digest(given.encode(errors="surrogatepass"), self.token.encode())
             if not is_known and request.path != "/favicon.ico":
-                line = "this server asks for its token: open the address that it printed when it started."
+                line = "this server requires its token: open the address that it printed when it started."
                 raise _Refusal(401, line, **{"WWW-Authenticate": "Bearer"})
             return
         host, origin = request.headers.get("Host", "").lower(), request.headers.get("Origin")
         if not LOOPBACK.fullmatch(host):
-            raise _Refusal(403, "this server answers to localhost and 127.0.0.1 alone.")
+            raise _Refusal(403, "this server only answers requests to localhost and 127.0.0.1.")
         own = (None, f"http://{host}", f"https://{host}")
         if request.method == "POST" and origin not in own:
-            raise _Refusal(403, "this server answers to its own page alone, not to other sites.")
+            raise _Refusal(403, "this server only answers its own page, not other sites.")
 
     async def get_page(self, _: web.Request) -> web.Response:
         """GET /"""
@@ -216,10 +218,10 @@ class _Site:
         except web.HTTPRequestEntityTooLarge:
             raise _Refusal(413, f"the body is larger than {self.limits.max_bytes:,} bytes.") from None
         except web.RequestPayloadError:
-            raise _Refusal(400, "the body is not what its Content-Encoding says.") from None
+            raise _Refusal(400, "the body does not match its Content-Encoding.") from None
         task = read_task(body, self.student, self.limits)
         if self.line.is_full:
-            why = f"{self.limits.max_waiting} generations are waiting already" if self.line.is_open else "being stopped"
+            why = f"{self.limits.max_waiting} generations are waiting already" if self.line.is_open else "stopping"
             raise _Refusal(503, f"{why}: try again later.", **{"Retry-After": str(RETRY_SECONDS)})
         job = Job(lambda: generate(self.student, task))
         self.line.join(job)
@@ -234,21 +236,21 @@ class _Site:
             self.line.leave(job)
 
     async def set_headers(self, _: web.Request, response: web.StreamResponse) -> None:
-        """Those of all responses."""
+        """Add the headers of all responses."""
         response.headers.update(HEADERS)
 
     async def end_streams(self, _: web.Application) -> None:
-        """Before clients are waited for."""
+        """Runs before the server waits for its clients."""
         self.line.close()
 
     async def end_thread(self, _: web.Application) -> None:
-        """While the event loop still is there for what the thread does last."""
+        """Runs while the event loop still exists: the thread may still call it."""
         await asyncio.to_thread(self.line.thread.shutdown)
 
 
 def make_app(student: OpenModel, page: str, token: str | None, limits: Limits) -> web.Application:
-    """The routes: GET / is `page`, POST /api/generate streams events, a JSON object a line. With `token` both ask for
-    it; without, only requests under a loopback name are answered."""
+    """GET / returns `page`. POST /api/generate streams events, one JSON object per line. With `token`, both require it;
+    without, only requests to a loopback host name are answered."""
     site = _Site(student, page, token, limits)
     app = web.Application(middlewares=[site.guard], client_max_size=limits.max_bytes)
     app.router.add_get("/", site.get_page)
@@ -261,9 +263,9 @@ def make_app(student: OpenModel, page: str, token: str | None, limits: Limits) -
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, on any free port for 0. Raises UserError where that cannot be."""
+    """A socket that listens on an address. Port 0 takes any free port. Raises UserError."""
     if not 0 <= port <= 65535:
-        raise UserError(f"--port {port} must be from 1 to 65535, or 0 for any that is free.")
+        raise UserError(f"--port {port} must be from 1 to 65535, or 0 for any free port.")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address, family=family)
@@ -271,21 +273,21 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host!r} is no known address. Valid: 127.0.0.1, or 0.0.0.0 for all.") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"--port {port} is in use: choose another one, or 0 for any that is free.") from None
+            raise UserError(f"--port {port} is in use: choose another one, or 0 for any free port.") from None
         if error.errno == errno.EACCES:
             raise UserError(f"--port {port} is for the system: choose one from 1024 on, or 0 for any.") from None
-        raise UserError(f"--host {host} is not of this machine. Valid: 127.0.0.1, or 0.0.0.0 for all.") from None
+        raise UserError(f"--host {host} is no address of this machine. Valid: 127.0.0.1, or 0.0.0.0 for all.") from None
 
 
 def choose_token(given: str | None, listener: socket.socket) -> str | None:
-    """`given`, else a new one, else None where only this machine can connect. Raises UserError."""
+    """The token: `given`, or None if only this machine can connect, or a new one. Raises UserError."""
     if given is not None and not TOKEN.fullmatch(given):
-        raise UserError("--token must be 8 or more of the characters A-Z a-z 0-9 . _ ~ - and nothing else.")
+        raise UserError("--token must be 8 or more of the characters A-Z a-z 0-9 . _ ~ -, and no others.")
     return given or (None if _ip(listener).is_loopback else secrets.token_urlsafe())
 
 
 def address(listener: socket.socket, token: str | None) -> str:
-    """Where a browser finds the page; this machine's name for a socket that listens on all its addresses."""
+    """The URL of the page. It has this machine's name if the socket listens on all addresses."""
     ip, port = _ip(listener), listener.getsockname()[1]
     host = socket.gethostname() if ip.is_unspecified else f"[{ip}]" if ip.version == 6 else ip
     return f"http://{host}:{port}/" + (f"?token={token}" if token else "")
@@ -296,7 +298,7 @@ def _ip(listener: socket.socket) -> ipaddress.IPv4Address | ipaddress.IPv6Addres
 
 
 async def start(app: web.Application, listener: socket.socket) -> web.AppRunner:
-    """Answer on `listener` from now on; the runner's cleanup() ends it."""
+    """Start answering on `listener`. The runner's cleanup() stops it."""
     runner = web.AppRunner(
         app, handler_cancellation=True, access_log=None, logger=silent, shutdown_timeout=SHUTDOWN_SECONDS
     )
@@ -306,7 +308,7 @@ async def start(app: web.Application, listener: socket.socket) -> web.AppRunner:
 
 
 async def serve(app: web.Application, listener: socket.socket, announce: Callable[[], None]) -> None:
-    """Answer on `listener` until SIGINT or SIGTERM; `announce` is called when both would be heard."""
+    """Answer on `listener` until SIGINT or SIGTERM. Calls `announce` once requests and signals are handled."""
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)

@@ -1,18 +1,18 @@
-"""Turning predicted concepts: edits of single logits, before or after the largest are kept, at chosen tokens of a text.
+"""Steering predicted concepts: edits of single concept logits, before or after the largest are kept, at chosen tokens.
 
-A steered logit is clamp(scale × logit, low, high), which covers the paper's scale in −10 … 10 (§3.2), setting and
-clamping; where it is put in is the output of one module of the model, so cached decoding of one token at a time is
-steered as a whole window is. The paper does not say at which of the two places its edit sits:
+A steered logit is clamp(scale × logit, low, high). This covers the paper's scale in −10 … 10 (§3.2), setting and
+clamping. The edit changes the output of one module of the model, so cached decoding of one token at a time is steered
+exactly as a whole window is. The paper does not state at which of two places it edits:
 
-before: before the K largest are kept. A large scale of a positive logit forces the concept in; of a negative logit it
-        pushes it further out, which is why a negative logit is often better raised by `min`.
+before: before the K largest are kept. A large scale forces a concept with a positive logit in. It pushes a concept with
+        a negative logit further out, so such a concept is often better raised with `min`.
 after:  after they are kept. The edit acts only where the model kept the concept by itself.
 """
 
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,14 +27,14 @@ PLACES: tuple[str, ...] = get_args(Place)
 MOST = 10.0
 """Largest scale, as in the paper."""
 MOST_LOGIT = 1e6
-"""Largest logit that is set: with much more nothing would be finite."""
+"""Largest logit that can be set. Much larger ones overflow in the model."""
 FORMS = "ID=SCALE, ID=set:LOGIT, ID=min:LOGIT, ID=max:LOGIT or ID=clamp:LOW:HIGH"
 KINDS = ("set", "min", "max", "clamp")
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of the logit of one concept: clamp(scale × logit, low, high)."""
+    """An edit of one concept's logit: clamp(scale × logit, low, high)."""
 
     concept: int
     scale: float = 1.0
@@ -42,11 +42,11 @@ class Edit:
     high: float = math.inf
 
     def __call__(self, logit: Tensor) -> Tensor:
-        """Of any shape → the steered logit; a scale of 1 changes no bit."""
+        """Logits of any shape → the steered logits. A scale of 1 changes no bit."""
         return (self.scale * logit).clamp(self.low, self.high)
 
     def __str__(self) -> str:
-        """As `parse_edit` reads it."""
+        """The edit in the form that `parse_edit` reads."""
         scale, low, high = (repr(value).removesuffix(".0") for value in (self.scale, self.low, self.high))
         if self.low == self.high:
             return f"{self.concept}=set:{low}"
@@ -55,17 +55,23 @@ class Edit:
         return f"{self.concept}=max:{high}" if self.high < math.inf else f"{self.concept}={scale}"
 
 
+def parse_edits(texts: Sequence[str], num_concepts: int) -> list[Edit]:
+    """Parse edits of different concepts. Raises UserError."""
+    edits = [parse_edit(text, num_concepts) for text in texts]
+    check_distinct(edits)
+    return edits
+
+
 def parse_edit(text: str, num_concepts: int) -> Edit:
-    """`12=8` scales a logit, `12=set:5` sets it, `12=min:5` raises it to at least, `12=max:5` lowers it to at most that
-    much, `12=clamp:2:5` does both. Raises UserError."""
+    """Parse an edit: `12=8` scales the logit, `12=set:5` sets it, `12=min:5` raises it to at least 5, `12=max:5` lowers
+    it to at most 5, `12=clamp:2:5` does both. Raises UserError."""
     name, equals, rest = (part.strip() for part in text.partition("="))
     if not equals or not re.fullmatch("[0-9]+", name):
         raise UserError(f"steer {text!r:.80} is not {FORMS}, such as 12=8.")
     if len(name) > 9 or int(name) >= num_concepts:
         raise UserError(f"steer {text!r:.80}: the model has concepts 0 … {num_concepts - 1}.")
-    *kinds, number = rest.split(":", 1) if ":" in rest else [rest]
-    kind = kinds[0] if kinds else "scale"
-    if kinds and kind not in KINDS:
+    kind, number = rest.split(":", 1) if ":" in rest else ("scale", rest)
+    if ":" in rest and kind not in KINDS:
         raise UserError(f"steer {text!r:.80}: {kind!r} is none of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
     numbers = [_number(text, each) for each in number.split(":")]
     if len(numbers) != (2 if kind == "clamp" else 1):
@@ -94,33 +100,35 @@ def _number(text: str, number: str) -> float:
 
 
 def check_distinct(edits: Sequence[Edit]) -> None:
-    """Raises UserError where two edits are of the same concept: their order would matter."""
+    """Raises UserError for two edits of one concept, because their order would matter."""
     concepts = [edit.concept for edit in edits]
     if twice := sorted({concept for concept in concepts if concepts.count(concept) > 1}):
         raise UserError(f"concept {twice[0]} is steered twice: give one edit for each concept.")
 
 
+def check_place(place: str) -> None:
+    """Raises UserError for an unknown place."""
+    if place not in PLACES:
+        raise UserError(f"place {place!r} is none of {', '.join(PLACES)}.{nearest(place, PLACES)}")
+
+
 class Steering:
-    """Edits of the texts of a batch: `rows` holds a list of them for each text."""
+    """The edits of the texts of a batch; `rows` has a list of edits for each text."""
 
     def __init__(self, rows: Sequence[Sequence[Edit]], place: Place):
-        if place not in PLACES:
-            raise UserError(f"steering place {place!r} is none of {', '.join(PLACES)}.{nearest(place, PLACES)}")
+        check_place(place)
         for edits in rows:
             check_distinct(edits)
         self.rows, self.place = rows, place
 
     @contextmanager
     def of(self, model: CocomixForCausalLM, where_BT: Tensor) -> Iterator[None]:
-        """Inside it, the next forward pass of tokens [B, T] has the logits changed where `where_BT` is true."""
+        """Inside the block, a forward pass of tokens [B, T] has its logits edited where `where_BT` is true."""
         body = model.transformer
         module = body.concept_predictor if self.place == "before" else body.top_k
         change = self._change_logits if self.place == "before" else self._change_kept
-        handle = module.register_forward_hook(lambda _, __, output: change(output, where_BT))
-        try:
+        with module.register_forward_hook(lambda _, __, output: change(output, where_BT)):
             yield
-        finally:
-            handle.remove()
 
     def _change_logits(self, logits_BTC: Tensor, where_BT: Tensor) -> Tensor:
         logits_BTC = logits_BTC.clone()
@@ -142,11 +150,10 @@ class Steering:
 
 @contextmanager
 def kept_concepts(model: CocomixForCausalLM) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inside it, each forward pass adds what it kept, after any steering that began before: (logits, ids), [B, T, K].
-    Nothing is added by a model that keeps none."""
+    """Inside the block, each forward pass appends the concepts it kept: (logits, ids), [B, T, K]. Steering that was
+    entered before is included. A model that keeps no concepts appends nothing."""
     found: list[tuple[Tensor, Tensor]] = []
-    with ExitStack() as stack:
-        if (module := model.transformer.top_k) is not None:
-            handle = module.register_forward_hook(lambda _, __, output: found.append(output))
-            stack.callback(handle.remove)
+    module = model.transformer.top_k
+    hook = module.register_forward_hook(lambda _, __, output: found.append(output)) if module else nullcontext()
+    with hook:
         yield found

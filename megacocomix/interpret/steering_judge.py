@@ -1,15 +1,14 @@
-"""What steered texts are like, in numbers. The judge is the teacher, which reads prompt and continuation as one text:
-its autoencoder says how strongly the steered concept's latent is active on the new tokens, its head how probable
-they are.
+"""Measures steered texts. The judge is the teacher, which reads prompt and continuation as one text: its autoencoder
+gives the activation of the steered concept's latent on the new tokens, and its head gives their probability.
 
-A concept is steered with success where that activation is above the unsteered texts'. What that can mean, other texts
-of the same prompts and seeds say:
+Steering a concept succeeds if this activation is above that of the unsteered texts. There are two controls, on texts of
+the same prompts and seeds:
 
-others: another concept's latent, on the same texts: what the push alone does to a latent.
-rank:   the concept's latent, on the texts that the other concepts steered: in which share of them it is less active.
-        By chance that is a half, whatever luck the few unsteered texts had.
+others: the latent of another concept, on the same texts. It shows the effect of any disturbance on a latent.
+rank:   the concept's latent, on the texts steered by other concepts: the share of them in which it is less active.
+        By chance this is a half, and it does not depend on the few unsteered texts.
 
-All means are over tokens: a text that ends early counts with the tokens it has, its end among them.
+All means are over tokens: a text that ends early counts with the tokens it has, its end of text included.
 
 Shapes: B texts, G of them at a time, T tokens of a text, N new ones, S scales, C concepts that are steered, L latents
 of the autoencoder, K of them active, V vocabulary.
@@ -31,34 +30,34 @@ from megacocomix.teacher.labels import in_chunks
 from megacocomix.teacher.model import Teacher
 
 PER_CONCEPT = ("activation", "active", "promoted", "kept")
-"""What is asked for each of the concepts."""
+"""Fields of `Sums` that are measured for each concept."""
 JUDGED_TEXTS = 512
-"""Texts of which everything is held at once."""
+"""Texts that are judged together. It bounds the memory."""
 
 
 class Text(NamedTuple):
-    """A continuation."""
+    """A continuation of a prompt."""
 
     tokens: list[int]
     kl: list[float]
-    """Of its steps, in nats."""
+    """KL of each step, in nats."""
     kept: Counter[int]
-    """At how many steps each concept was kept."""
+    """Number of steps at which each concept was kept."""
 
 
 class Sums(NamedTuple):
-    """Of a setting's texts, over their new tokens. First the unsteered setting, then all concepts at the first
-    scale, then all at the second: arrays [1 + S·C], or [1 + S·C, C] of what is asked for each of the concepts."""
+    """Sums over the new tokens of the texts of a setting. The unsteered setting comes first, then all concepts at the
+    first scale, then all at the second, …: arrays [1 + S·C], or [1 + S·C, C] for the fields in PER_CONCEPT."""
 
     tokens: np.ndarray
     loss: np.ndarray
-    """Of the teacher, in nats."""
+    """The teacher's loss, in nats."""
     kl: np.ndarray
     activation: np.ndarray
     active: np.ndarray
-    """Tokens at which the latent is active."""
+    """Number of tokens at which the latent is active."""
     promoted: np.ndarray
-    """Tokens that are among the concept's most promoted ones."""
+    """Number of tokens that are among those the concept promotes most."""
     kept: np.ndarray
 
 
@@ -71,8 +70,8 @@ def judge(
     concepts: list[int],
     promoted: np.ndarray,
 ) -> Sums:
-    """What the teacher says of the texts, and what else is counted on them; `promoted` are token ids [C, any]."""
-    # A few settings at a time: what is read of all tokens and all concepts would not fit a memory.
+    """Measure the texts with the teacher, and count the other fields of `Sums`. `promoted` has token ids, [C, any]."""
+    # A few settings at a time: [all tokens, all concepts] would not fit in memory.
     size = len(prompts) * max(1, JUDGED_TEXTS // len(prompts))
     parts = [
         _judge(teacher, sae, vocab_size, prompts, texts[start : start + size], concepts, promoted)
@@ -85,13 +84,13 @@ def judge(
 def _judge(teacher, sae, vocab_size, prompts, texts, concepts, promoted) -> Sums:
     num_before, num_new = len(prompts[0]), max(len(text.tokens) for text in texts)
     rows = zip(prompts * (len(texts) // len(prompts)), texts, strict=True)
-    # Padding is on the right, where no token before it sees it.
+    # Padding is on the right, where attention is causal and no real token sees it.
     padded = [prompt + text.tokens + [0] * (num_new - len(text.tokens)) for prompt, text in rows]
     device = sae.decoder.device
     tokens_BT, ids_C = torch.tensor(padded, device=device), torch.tensor(concepts, device=device)
 
     def read(tokens_GT: Tensor) -> Tensor:
-        """[G, T] → [G, N, 1 + C]: the loss, and the latents of the concepts."""
+        """[G, T] → [G, N, 1 + C]: the loss, and the activation of each concept's latent."""
         logits_GNV = teacher.logits(tokens_GT)[:, num_before - 1 : -1, :vocab_size].float()
         loss_GN = F.cross_entropy(logits_GNV.transpose(1, 2), tokens_GT[:, num_before:], reduction="none")
         index_GNK, value_GNK = sae.encode(teacher.hidden(tokens_GT)[:, num_before:])
@@ -106,7 +105,7 @@ def _judge(teacher, sae, vocab_size, prompts, texts, concepts, promoted) -> Sums
     latent_BNC = found_BNx[..., 1:] * is_new_BN[..., None]
     is_promoted_VC = np.zeros((vocab_size, len(concepts)), bool)
     is_promoted_VC[promoted.T, np.arange(len(concepts))] = True
-    # Settings are rows of as many texts as there are prompts.
+    # A setting has one text per prompt, in adjacent rows.
     pool = lambda x_Bx: x_Bx.reshape(-1, len(prompts), *x_Bx.shape[1:]).sum(1)
     return Sums(
         tokens=pool(length_B),
@@ -120,8 +119,8 @@ def _judge(teacher, sae, vocab_size, prompts, texts, concepts, promoted) -> Sums
 
 
 def summarise(sums: Sums, scales: Sequence[float]) -> dict:
-    """The unsteered texts, and those of each scale: what they are like, and in how many concepts they are above the
-    unsteered ones. `concepts` are lists in the order of the concepts."""
+    """Means of the unsteered texts and of each scale, and for how many concepts a scale is above the unsteered texts.
+    `concepts` in the result has lists in the order of the concepts."""
     first = {name: getattr(sums, name)[0] / sums.tokens[0] for name in PER_CONCEPT}
     num_concepts = len(first["activation"])
     following = np.roll(np.arange(num_concepts), -1)
@@ -158,10 +157,10 @@ def summarise(sums: Sums, scales: Sequence[float]) -> dict:
 
 
 def compare(steered_C: np.ndarray, unsteered_C: np.ndarray) -> dict:
-    """In how many concepts a number went up or down, and whether chance would do that too (two-sided sign test, which
-    takes concepts for independent, though all are compared with the same few unsteered texts: `rank` is sharper); the
-    mean over concepts, its difference from the unsteered mean with the standard error over concepts, and their ratio,
-    None where nothing was there."""
+    """For how many concepts a number rose or fell, with a two-sided sign test. The test assumes independent concepts,
+    although all are compared with the same few unsteered texts; `rank` is a sharper test. Then the mean over concepts,
+    its difference from the unsteered mean with the standard error over concepts, and the ratio of the two means, None
+    if the unsteered mean is 0."""
     difference_C = steered_C - unsteered_C
     raised, lowered = int((difference_C > 0).sum()), int((difference_C < 0).sum())
     change, base = mean_and_error(difference_C), float(unsteered_C.mean())
@@ -178,21 +177,21 @@ def compare(steered_C: np.ndarray, unsteered_C: np.ndarray) -> dict:
 
 
 def sign_test(raised: int, lowered: int) -> float:
-    """The probability of a split at least as uneven, where up and down are as likely; two-sided, ties left out."""
+    """The probability of a split at least this uneven if up and down are equally likely; two-sided, without ties."""
     total, fewer = raised + lowered, min(raised, lowered)
     return min(1.0, 2 * sum(math.comb(total, count) for count in range(fewer + 1)) / 2**total)
 
 
 def ranks(mean_CC: np.ndarray) -> np.ndarray:
-    """Means [the steered concept, the latent that is read] → of each concept, in which share of the others' texts
-    its latent is less active than in its own; of ties a half. [C], NaN of a single concept."""
+    """Means [steered concept, latent] → for each concept, the share of the other concepts' texts in which its latent is
+    less active than in its own texts; a tie counts half. [C], NaN for a single concept."""
     own_C = np.diagonal(mean_CC)
     below = (mean_CC < own_C).sum(0) + 0.5 * ((mean_CC == own_C).sum(0) - 1)
     return below / (len(own_C) - 1) if len(own_C) > 1 else np.full(1, np.nan)
 
 
 def mean_and_error(values_C: np.ndarray) -> dict:
-    """The mean, and its standard error; None of what cannot be had of so few."""
+    """The mean and its standard error; None where there are too few values."""
     size = len(values_C)
     error = float(values_C.std(ddof=1) / math.sqrt(size)) if size > 1 else None
     mean = float(values_C.mean())

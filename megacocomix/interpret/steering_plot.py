@@ -1,8 +1,8 @@
-"""A steering curve in one picture and in one table: over the scale, in how many concepts the text follows, by how
-much, and what it costs in fluency.
+"""The figure and the table of a steering curve. Over the scale they show for how many concepts the text follows, by how
+much, and the loss of fluency.
 
-A line has one colour in all panels and is named where it ends; its band is one standard error over the concepts. At a
-scale of 1 stand the unsteered texts.
+A line has one colour in all panels and its name at its end. Its band is one standard error over the concepts. The
+unsteered texts are at a scale of 1.
 """
 
 import math
@@ -22,14 +22,14 @@ LINES = (
     ("student", "promoted", "student: tokens\nit promotes", PROMOTED, ":"),
     ("teacher", "activation", "teacher", TEACHER, "-"),
 )
-"""Who was steered, what is drawn of it, its name, colour and line."""
+"""The steered model, the key that is drawn, the line's name, its colour and its style."""
 
 Points = dict[float, tuple[float, float]]
-"""Scale → y and its standard error, NaN where there is none."""
+"""Scale → y and its standard error; NaN if there is none."""
 
 
 def draw(result: dict) -> Figure:
-    """The figure of a result of `measure_steering`."""
+    """The figure for a result of `measure_steering`."""
     measured = result["measured"]
     figure = Figure(figsize=(14, 4.6), layout="constrained")
     share, change, fluency = panels = figure.subplots(1, 3)
@@ -57,7 +57,7 @@ def draw(result: dict) -> Figure:
 
 
 def _share(compared: dict) -> tuple[float, float]:
-    """Raised of those that changed, and the standard error of such a share."""
+    """The share of raised concepts among those that changed, and its standard error."""
     total = compared["raised"] + compared["lowered"]
     if not total:
         return math.nan, math.nan
@@ -66,7 +66,7 @@ def _share(compared: dict) -> tuple[float, float]:
 
 
 def _ratio(compared: dict) -> tuple[float, float]:
-    """Of the steered to the unsteered mean; the error takes the unsteered mean as it is."""
+    """Ratio of the steered to the unsteered mean. Its error treats the unsteered mean as exact."""
     if compared["ratio"] is None:
         return math.nan, math.nan
     return compared["ratio"], _error(compared) / (compared["mean"] - compared["difference"])
@@ -89,7 +89,7 @@ def _line(panel: Axes, points: Points, name: str, color: str, style: str) -> Non
 
 
 def _dress(panel: Axes, scales: list[float]) -> None:
-    """The unsteered scale of 1 is a line of its own."""
+    """Axes and grid, with a vertical line at the unsteered scale of 1."""
     panel.axvline(1, color="0.3", linewidth=0.8)
     ticks = sorted({1.0, *scales})
     panel.set_xticks(ticks, [f"{scale:g}".replace("-", "−") for scale in ticks])
@@ -101,7 +101,7 @@ def _dress(panel: Axes, scales: list[float]) -> None:
 
 
 def _name_ends(panel: Axes) -> None:
-    """Names right of the panel at the height of each line's end, pushed apart where they would touch."""
+    """Write each line's name right of the panel, at the height of its end. Names that would touch are moved apart."""
     inside, floor = panel.transData + panel.transAxes.inverted(), -math.inf
     ends = []
     for line in panel.get_lines():
@@ -109,7 +109,7 @@ def _name_ends(panel: Axes) -> None:
         if len(y):
             ends.append((inside.transform((0, y[-1]))[1], line))
     for y, line in sorted(ends, key=lambda end: end[0]):
-        half = 0.035 * (1 + line.get_label().count("\n"))  # of a name's height, in panel heights
+        half = 0.035 * (1 + line.get_label().count("\n"))  # half the height of the name, in panel heights
         middle = max(y, floor + half)
         text = {"color": line.get_color(), "fontsize": 11, "fontweight": "bold", "va": "center"}
         panel.text(1.02, middle, line.get_label(), transform=panel.transAxes, **text)
@@ -117,10 +117,10 @@ def _name_ends(panel: Axes) -> None:
 
 
 def table(result: dict) -> Iterator[str]:
-    """What was measured, a line a scale, for reading in a terminal; then one concept's texts."""
+    """The result for a terminal, one line per scale; then the texts of one concept."""
     concepts, settings = result["concepts"], result["settings"]
-    asked = settings["concepts"] if isinstance(settings["concepts"], int) else len(concepts)
-    few = f" (no more of the {asked} are ever kept)" if len(concepts) < asked else ""
+    wanted = settings["concepts"] if isinstance(settings["concepts"], int) else len(concepts)
+    few = f" (of {wanted} requested; no more are ever kept)" if len(concepts) < wanted else ""
     shares = [concept["kept_share"] for concept in concepts]
     kept = f"kept at {_percent(min(shares))} to {_percent(max(shares))} of held-out slots"
     yield (

@@ -1,1 +1,1 @@
-"""The student as plain single-process PyTorch: knows no mesh."""
+"""The student as plain single-process PyTorch. It imports nothing distributed."""

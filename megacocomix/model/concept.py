@@ -1,9 +1,10 @@
-"""The method on one screen: predict the concepts of a hidden state, compress them to one vector, put it after its
-token. Baselines and ablations leave parts out, or put another in their place.
+"""The concept module: predict the concepts of a hidden state, compress them to one vector, insert it after its token.
+Baselines and ablations omit or replace parts of it.
 
-Shapes: B batch, T tokens, D width, C concepts, K concepts kept, E width of the teacher; M tokens that get a vector: all
-T, or with `every` n each n-th one; S slots, T + M. Formulas follow the published code (modeling_gpt2_cocomix.py:74-81,
-1269-1292), which wraps the paper's Eq. 3 in the normalisation of the teacher's autoencoder.
+Shapes: B batch, T tokens, D width, C concepts, K concepts kept, E width of the teacher, M tokens that get a vector (all
+T, or every n-th one if `every` is n), S = T + M positions. The formulas follow the published code
+(modeling_gpt2_cocomix.py:74-81, 1269-1292). It wraps the paper's Eq. 3 in the normalisation of the teacher's
+autoencoder.
 """
 
 import torch
@@ -16,8 +17,8 @@ STANDARDIZE_EPS = 1e-5
 
 
 def standardize(x: torch.Tensor, eps: float = STANDARDIZE_EPS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[…, D] → (x̂ […, D], mean […, 1], std […, 1]), all fp32: unbiased std, eps added to the std and not under its
-    root."""
+    """[…, D] → (x̂ […, D], mean […, 1], std […, 1]), all fp32. The std is unbiased; eps is added to the std itself, not
+    under its root."""
     x = x.float()
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
@@ -26,8 +27,8 @@ def standardize(x: torch.Tensor, eps: float = STANDARDIZE_EPS) -> tuple[torch.Te
 
 
 def interleave(x_BTD: torch.Tensor, vector_BMD: torch.Tensor, every: int = 1) -> torch.Tensor:
-    """[h_1, h_2, …] and [c_1, c_2, …] → [h_1, c_1, h_2, c_2, …], [B, S, D]: each vector right after its token, after
-    every n-th one."""
+    """[h_1, h_2, …] and [c_1, c_2, …] → [h_1, c_1, h_2, c_2, …], [B, S, D]. Each vector comes right after its token. If
+    `every` is n, only every n-th token has one."""
     num_slotted = vector_BMD.shape[1] * every
     grouped = x_BTD[:, :num_slotted].unflatten(1, (-1, every))
     mixed_BSD = torch.cat((grouped, vector_BMD.unsqueeze(2)), dim=2).flatten(1, 2)
@@ -35,20 +36,20 @@ def interleave(x_BTD: torch.Tensor, vector_BMD: torch.Tensor, every: int = 1) ->
 
 
 def predicting_slots(num_slots: int, every: int, device: torch.device) -> torch.Tensor:
-    """Which of S interleaved slots predict the next token, int64 [T]: a token's vector where it has one (reference
+    """Which of S interleaved positions predict the next token, int64 [T]: a token's slot if it has one (reference
     modeling_gpt2_cocomix.py:1358), else the token itself."""
     tokens_T = torch.arange(num_slots - num_slots // (every + 1), device=device)
     return tokens_T + (tokens_T + 1) // every
 
 
 def take_predicting(x_BSD: torch.Tensor, every: int) -> torch.Tensor:
-    """The slots that predict, [B, T, D]."""
+    """The positions that predict the next token, [B, T, D]."""
     return x_BSD[:, 1::2] if every == 1 else x_BSD[:, predicting_slots(x_BSD.shape[1], every, x_BSD.device)]
 
 
 class TopK(nn.Module):
-    """Concept logits [B, T, C] → the K largest of each position (values, indices), [B, T, K]. Raw logits are kept,
-    signs and all: no softmax, no ReLU."""
+    """Concept logits [B, T, C] → the K largest of each position (values, indices), [B, T, K]. The values are raw
+    logits, of either sign: no softmax, no ReLU."""
 
     def __init__(self, num_kept: int):
         super().__init__()
@@ -59,9 +60,9 @@ class TopK(nn.Module):
 
 
 class Compress(nn.Module):
-    """Linear(C, D) on a vector with K non-zeros, as a weighted sum of K rows: never a dense [C × D] product.
+    """Linear(C, D) on a vector with K non-zeros, as a weighted sum of K rows instead of a dense [C × D] product.
 
-    `weight` is [C, D], a row a concept: the transpose of the reference's compress_layer.weight.
+    `weight` is [C, D], one row per concept: the transpose of the reference's compress_layer.weight.
     """
 
     def __init__(self, num_concepts: int, hidden_size: int):
@@ -76,8 +77,8 @@ class Compress(nn.Module):
 
 
 class HiddenPredictor(nn.Module):
-    """The teacher's hidden state from the student's, by two layers around a GELU: [B, M, D] → [B, M, E] (paper §3.3;
-    the width between them, 4·D, is ours)."""
+    """Predicts the teacher's hidden state from the student's by two layers around a GELU: [B, M, D] → [B, M, E] (paper
+    §3.3; the width between them, 4·D, is our choice)."""
 
     def __init__(self, hidden_size: int, target_size: int):
         super().__init__()
@@ -91,8 +92,8 @@ class HiddenPredictor(nn.Module):
 class ConceptMixer(nn.Module):
     """Predict → keep the K largest → compress → interleave (paper §2.2-2.3).
 
-    With method.predict hidden a linear layer, `project`, takes the place of keeping and compressing; with method.mix
-    pause one learned vector takes the place of them all.
+    With method.predict hidden, a linear layer `project` replaces keeping and compressing. With method.mix pause, one
+    learned vector replaces all of them.
     """
 
     def __init__(self, hidden_size: int, method: MethodConfig):
@@ -110,11 +111,11 @@ class ConceptMixer(nn.Module):
             self.predict_hidden = HiddenPredictor(hidden_size, method.target_size)
             if method.mix == "predicted":
                 self.project = nn.Linear(method.target_size, hidden_size)
-        # A matrix of one row: it is drawn and decays as an embedding does.
+        # A matrix of one row, so that it is initialised and decays as an embedding does.
         self.pause = nn.Parameter(torch.empty(1, hidden_size)) if method.mix == "pause" else None
 
     def forward(self, x_BTD):
-        """[B, T, D] → (what goes on, [B, S, D] or [B, T, D]; what is predicted: concept logits [B, M, C], a hidden
+        """[B, T, D] → (next block's input, [B, S, D] or [B, T, D]; the prediction: concept logits [B, M, C], a hidden
         state [B, M, E], or None)."""
         x_BMD, prediction, vector_BMD = x_BTD[:, self.every - 1 :: self.every], None, None
         if self.pause is not None:

@@ -1,6 +1,6 @@
-"""What a student learns from a teacher's numbers: its next-token distribution, or its hidden state.
+"""Losses on a teacher's continuous outputs: its next-token distribution or its hidden state.
 
-N rows, V vocabulary, E width of the teacher.
+Shapes: N rows, V vocabulary, E width of the teacher.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from megacocomix.model.losses import row_chunks
 
 
 class FrozenHead(NamedTuple):
-    """The head of a teacher, or a shard of it: weight [V, E] and bias [V] or None. No optimizer knows them."""
+    """The head of a teacher, or a shard of it: weight [V, E] and bias [V] or None. No optimizer holds them."""
 
     weight: Tensor
     bias: Tensor | None
 
     def rows(self, start: int, stop: int) -> "FrozenHead":
-        """Tokens [start, stop) of the vocabulary, as many of them as there are."""
+        """The head of tokens [start, stop) of the vocabulary, or of those among them that it has."""
         return FrozenHead(self.weight[start:stop], None if self.bias is None else self.bias[start:stop])
 
 
@@ -31,15 +31,15 @@ def teacher_divergence(
     counts: Tensor,
     all_gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Sum over the rows that count of KL(teacher ‖ student), over the whole vocabulary (paper §3, appendix A), an fp32
+    """KL(teacher ‖ student) over the whole vocabulary (paper §3, appendix A), summed over the rows that count; an fp32
     scalar.
 
-    logits […, V] are the student's, outputs […, E] what the teacher's head reads, counts bool […]. Tokens that the
-    teacher's head lacks have the probability 0. The teacher's logits and the fp32 softmax only ever exist for a chunk
-    of rows: they are made in the forward pass and again in the backward pass.
+    logits […, V] are the student's, outputs […, E] are the inputs of the teacher's head, counts is bool […]. Tokens
+    that the teacher's head lacks have probability 0. The teacher's logits and the fp32 softmax exist for one chunk of
+    rows at a time. They are computed in the forward pass and again in the backward pass.
 
-    Where the vocabulary is sharded, logits and head are those of one shard, and `all_gather(x)` stacks every shard's x
-    in front, [n, …].
+    If the vocabulary is sharded, logits and head belong to one shard, and `all_gather(x)` stacks the x of all shards,
+    [n, …].
     """
     return _Divergence.apply(logits.flatten(0, -2), outputs.flatten(0, -2), head, counts.flatten(), all_gather)
 
@@ -47,7 +47,8 @@ def teacher_divergence(
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_NV, outputs_NE, head, counts_N, all_gather):
-        # Of this shard: log-sum-exp of teacher and student, and the teacher's mean of (its logit − the student's).
+        # For this shard: log-sum-exp of teacher and student, and the mean of (teacher's logit − student's logit) under
+        # the teacher's distribution.
         sums_3N = torch.full((3, len(logits_NV)), -torch.inf, device=logits_NV.device)
         sums_3N[2] = 0.0
         vocab_size = len(head.weight)
@@ -81,8 +82,8 @@ class _Divergence(torch.autograd.Function):
 
 
 def hidden_distance(predicted: Tensor, target: Tensor, kind: Literal["l1", "l2", "cosine"]) -> Tensor:
-    """Sum over rows of the distance of a predicted hidden state […, E] from the teacher's, an fp32 scalar: the mean
-    over E of the absolute (l1) or squared (l2) difference, or 1 − cosine (paper §3.3)."""
+    """Distance of predicted hidden states […, E] from the teacher's, summed over rows; an fp32 scalar. The distance is
+    the mean over E of the absolute (l1) or squared (l2) difference, or 1 − cosine (paper §3.3)."""
     predicted, target = predicted.float(), target.float()
     if kind == "cosine":
         return (1 - F.cosine_similarity(predicted, target, dim=-1)).sum()

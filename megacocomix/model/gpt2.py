@@ -1,11 +1,11 @@
-"""GPT-2 as one reads it in the paper, with one optional guest: the concept module before block `insertion_layer`.
+"""GPT-2 as in its paper, with one optional part: the concept module before block `insertion_layer`.
 
-Shapes: B batch, T tokens, S positions (T before mixing, 2T after, or less where not every token gets a slot), D width,
+Shapes: B batch, T tokens, S positions (T before mixing; after it 2T, or less if not every token gets a slot), D width,
 H heads, V vocabulary, C concepts.
 
-What is unusual: the concept module adds positions half-way, so later blocks see [h_1, c_1, h_2, c_2, …], and only the
-concept positions reach the head. Of the others the last block computes keys and values alone: nothing else of them is
-ever used. Parameter names never depend on how a run is laid out.
+The concept module adds positions half-way: later blocks see [h_1, c_1, h_2, c_2, …], and only the concept positions
+reach the head. For the other positions the last block computes only keys and values, because nothing else of them is
+used. Parameter names never depend on the layout of a run.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        # Not nn.Embedding(…), which draws values only for `initialise` to replace them.
+        # nn.Embedding(…) would draw random values, which `initialise` replaces.
         self.tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.positions = nn.Embedding.from_pretrained(torch.empty(config.context, config.hidden_size), freeze=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -41,8 +41,8 @@ class Embedding(nn.Module):
 class QKV(nn.Linear):
     """Queries, keys and values of all heads: [B, S, D] → q [B, H, Q, D/H], k and v [B, H, S, D/H].
 
-    The rows of `weight` lie head by head ([H, 3, D/H]), not as Q, K and V blocks as in Hugging Face: so a cut by heads
-    is one contiguous piece. The number of heads is read off the weight (-1), because it may have been cut.
+    The rows of `weight` lie head by head ([H, 3, D/H]), unlike the Q, K and V blocks of Hugging Face, so that a shard
+    by heads is contiguous. The number of heads follows from the weight (-1), because the weight may be a shard.
     """
 
     def __init__(self, hidden_size: int, head_size: int):
@@ -54,7 +54,7 @@ class QKV(nn.Linear):
 
 
 def queries_keys_values(x_BSD, weight, bias, head_size: int, every: int | None):
-    """What QKV returns: queries of all positions, or with `every` only of the slots that predict."""
+    """The result of QKV. With `every`, queries are computed only at the positions that predict the next token."""
     if every is None:
         return F.linear(x_BSD, weight, bias).unflatten(-1, (-1, 3, head_size)).permute(3, 0, 2, 1, 4)
     weight, bias = weight.unflatten(0, (-1, 3, head_size)), bias.unflatten(0, (-1, 3, head_size))
@@ -65,7 +65,7 @@ def queries_keys_values(x_BSD, weight, bias, head_size: int, every: int | None):
 
 
 class Attention(nn.Module):
-    """Causal self-attention [B, S, D] → [B, S, D]; with `every` only at the slots that predict, [B, T, D]."""
+    """Causal self-attention [B, S, D] → [B, S, D]. With `every`, only the positions that predict, [B, T, D]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             num_slots = k.shape[2]
             slots_Q = predicting_slots(num_slots, every, k.device)
             visible_QS = torch.arange(num_slots, device=k.device) <= slots_Q[:, None]
-            if spare := -head_size % 8:  # the kernel that takes a mask on a GPU wants multiples of 8
+            if spare := -head_size % 8:  # the GPU kernel for masks needs multiples of 8
                 q, k, v = (F.pad(each, (0, spare)) for each in (q, k, v))
         dropout = self.dropout.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
@@ -103,7 +103,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-LayerNorm transformer block: [B, S, D] → [B, S, D]; with `every` → the slots that predict, [B, T, D]."""
+    """A pre-LayerNorm transformer block: [B, S, D] → [B, S, D]. With `every`, only the positions that predict, [B, T,
+    D]."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -121,10 +122,10 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model, with the concept module before block `insertion_layer` where the method has one.
+    """The language model, with the concept module before block `insertion_layer` if the method has one.
 
-    A pipeline stage is this class with parts missing: `embed`, `concept`, `norm` and `head` may be None, and `blocks`
-    may hold any run of neighbours.
+    A pipeline stage is this class with some parts removed: `embed`, `concept`, `norm` and `head` may be None, and
+    `blocks` may hold any consecutive blocks.
     """
 
     def __init__(self, config: ModelConfig, method: MethodConfig | None = None):
@@ -142,10 +143,10 @@ class GPT2(nn.Module):
         self.head.weight = self.embed.tokens.weight
 
     def forward(self, x):
-        """int64 tokens [B, T] → (next-token logits [B, T, V], what the concept module predicts or None).
+        """int64 tokens [B, T] → (next-token logits [B, T, V], the concept module's prediction or None).
 
-        Without an embedding x is the hidden state [B, S, D] that the part before returned; without a head the hidden
-        state is returned in place of logits.
+        Without an embedding, x is the hidden state [B, S, D] from the stage before. Without a head, the hidden state is
+        returned instead of logits.
         """
         prediction = None
         if self.embed is not None:
@@ -160,15 +161,15 @@ class GPT2(nn.Module):
 
 
 def assemble(config: Config) -> GPT2:
-    """The student of a config, its weights not yet set."""
+    """The student of a config, with uninitialised weights."""
     return GPT2(config.model, config.method)
 
 
 def initial_value(name: str, shape: torch.Size, seed: int, num_layers: int) -> torch.Tensor:
-    """GPT-2's initialisation of one parameter, fp32 on the CPU: N(0, 0.02), residual projections narrower by
-    √(2·layers), biases 0, LayerNorm 1.
+    """GPT-2's initialisation of one parameter, fp32 on the CPU: N(0, 0.02), with a std smaller by √(2·layers) for
+    residual projections; biases 0, LayerNorm 1.
 
-    Each parameter draws from a generator of its own, seeded by (seed, name): its values depend on no other parameter.
+    Each parameter has its own generator, seeded by (seed, name), so its values do not depend on other parameters.
     """
     if len(shape) == 1:
         is_gain = "norm" in name and name.endswith(".weight")

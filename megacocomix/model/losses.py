@@ -1,28 +1,28 @@
-"""One loss for both heads: cross-entropy against K equally likely labels a row, with a single log-sum-exp.
+"""One loss for both heads: cross-entropy against K equally likely labels per row, with a single log-sum-exp.
 
-The next-token loss is the case K = 1; the concept loss (paper Eq. 2) is the mean of K_attr single-label
-cross-entropies, which share their normaliser. N rows, V classes. What is learned from a teacher's numbers in the place
-of labels is in distillation.py.
+The next-token loss is the case K = 1. The concept loss (paper Eq. 2) is the mean of K_attr single-label
+cross-entropies, which share their normaliser. Shapes: N rows, V classes. Losses on a teacher's continuous outputs are
+in distillation.py.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-MASKED = -1  # a label that means: this row has none
-CHUNK_ELEMENTS = 1 << 24  # fp32 scratch of the softmax: 64 MiB at a time, whatever the logits' size and dtype
+MASKED = -1  # the label of a row that has none
+CHUNK_ELEMENTS = 1 << 24  # limits the softmax's fp32 scratch to 64 MiB for logits of any size and dtype
 
 
 def label_cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, first_class: int = 0, combine: Callable | None = None
 ) -> torch.Tensor:
-    """Sum over rows of logsumexp(z) − mean over labels of z[label]; rows whose labels are MASKED count nothing.
+    """Sum over rows of logsumexp(z) − mean over labels of z[label]. Rows with MASKED labels add 0.
 
-    logits […, V] in any float dtype, labels int64 […, K], either all MASKED or all in [0, V) in a row. Returns an fp32
-    scalar. The fp32 softmax only ever exists for a chunk of rows; the gradient has the dtype of the logits.
+    logits […, V] have any float dtype. labels are int64 […, K]; a row's labels are either all MASKED or all in [0, V).
+    Returns an fp32 scalar. The fp32 softmax exists for one chunk of rows at a time. The gradient has the logits' dtype.
 
-    Where the classes are sharded, logits are those of one shard, which begins at `first_class`, and `combine(log_sum_N,
-    chosen_N)` turns the shard's log-sum-exps, and its part of the labels' mean logits, into those of all classes.
+    If the classes are sharded, logits belong to one shard, which begins at `first_class`. `combine(log_sum_N,
+    chosen_N)` then turns the shard's log-sum-exps and its part of the labels' mean logits into those of all classes.
     """
     assert logits.shape[:-1] == labels.shape[:-1], (logits.shape, labels.shape)
     return _LabelCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(0, -2), first_class, combine)
@@ -58,8 +58,8 @@ class _LabelCrossEntropy(torch.autograd.Function):
 
 
 def row_chunks(num_rows: int, elements_per_row: int) -> Iterator[slice]:
-    """Slices of at most CHUNK_ELEMENTS elements, whole rows, that cover all rows. Powers of two divide the windows they
-    cut, so that each window is cut alike wherever it stands in a batch."""
+    """Slices of whole rows that cover all rows, with at most CHUNK_ELEMENTS elements each. Their length is a power of
+    two, so that a window is divided into the same chunks wherever it is in a batch."""
     rows = 1 << max(1, CHUNK_ELEMENTS // elements_per_row).bit_length() - 1
     return (slice(start, start + rows) for start in range(0, num_rows, rows))
 
@@ -67,11 +67,11 @@ def row_chunks(num_rows: int, elements_per_row: int) -> Iterator[slice]:
 def frozen_head_loss(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
 ) -> torch.Tensor:
-    """Sum over rows of −log softmax(hidden · weightᵀ + bias)[target], an fp32 scalar, differentiable with respect to
-    `hidden` alone; rows with a MASKED target count nothing.
+    """Sum over rows of −log softmax(hidden · weightᵀ + bias)[target], an fp32 scalar. Rows with a MASKED target add 0.
+    Only `hidden` gets a gradient.
 
-    The head is frozen, so a chunk of rows makes its logits and its gradient while they are at hand: logits and their
-    gradient never exist for more than a chunk, whatever N.
+    The head is frozen, so the forward pass already computes each chunk's gradient from its logits. Logits and their
+    gradient exist for one chunk of rows at a time, for any N.
     """
     return _FrozenHeadLoss.apply(hidden_ND, weight_VD, bias_V, targets_N)
 
@@ -87,11 +87,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
             if grad_ND is None:
                 log_p_N1 = logits.log_softmax(-1, dtype=torch.float32).gather(1, target_N1)
             else:
-                # One pass over [rows, V]: on a CPU each costs a tenth of the product that made it. A probability that
-                # fp32 cannot hold counts as the smallest that it can, a loss of 87.
+                # A single softmax pass over [rows, V]: on a CPU each pass costs a tenth of the matrix product. A
+                # probability too small for fp32 counts as the smallest normal fp32 number, a loss of 87.
                 p = logits.softmax(-1, dtype=torch.float32)
                 log_p_N1 = p.gather(1, target_N1).clamp(min=torch.finfo(p.dtype).tiny).log()
-                # The 1 is taken off in fp32: near a probability of 1, bf16 would leave nothing but its rounding.
+                # Subtract the 1 in fp32: near a probability of 1, bf16 would leave only rounding errors.
                 slope = p.scatter_add_(1, target_N1, -torch.ones_like(log_p_N1))
                 grad_ND[rows] = torch.where(is_target_N1, slope.to(weight_VD.dtype) @ weight_VD, 0.0)
             total -= torch.where(is_target_N1, log_p_N1, 0.0).sum()
@@ -105,7 +105,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def next_token_targets(tokens_BT: torch.Tensor) -> torch.Tensor:
-    """int64 [B, T] → [B, T, 1]: the token that follows; the last position of a window has none."""
+    """int64 [B, T] → [B, T, 1]: the token that follows. The last position of a window is MASKED."""
     targets = tokens_BT.roll(-1, dims=1)
     targets[:, -1] = MASKED
     return targets.unsqueeze(-1)

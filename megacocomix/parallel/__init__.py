@@ -1,1 +1,1 @@
-"""How a run is spread over processes."""
+"""How a run is distributed over processes."""

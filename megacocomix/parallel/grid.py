@@ -1,7 +1,7 @@
-"""Who computes what: processes as a grid of pipeline × data × tensor ranks, and the groups they talk in.
+"""The processes as a grid of pipeline × data × tensor ranks, and their process groups.
 
-Tensor ranks are neighbours (they talk most, and should share a node), then data ranks, then pipeline stages:
-rank = (pipeline_rank × data + data_rank) × tensor + tensor_rank.
+Tensor ranks are neighbours, because they communicate most and should share a node. Then come data ranks, then pipeline
+ranks: rank = (pipeline_rank × data + data_rank) × tensor + tensor_rank.
 """
 
 import torch
@@ -12,7 +12,7 @@ from megacocomix.parallel.runtime import Runtime
 
 
 class Grid:
-    """This process's place in the grid. Also the `mpu` that DeepSpeed asks for its groups."""
+    """This process's place in the grid. DeepSpeed gets its groups from this object too, as its `mpu`."""
 
     def __init__(self, runtime: Runtime, tensor: int = 1, pipeline: int = 1):
         assert not grid_problem(runtime.world, tensor, pipeline)
@@ -26,22 +26,22 @@ class Grid:
         self.tensor_group = self._join(ranks_PDT.reshape(-1, tensor))
         self.data_group = self._join(ranks_PDT.transpose(1, 2).reshape(-1, self.data))
         self.pipeline_group = self._join(ranks_PDT.permute(1, 2, 0).reshape(-1, pipeline))
-        # All that holds one copy of the model, and sees the same samples.
+        # The ranks that together hold one copy of the model. They see the same samples.
         self.model_group = self._join(ranks_PDT.transpose(0, 1).reshape(self.data, -1))
         # The first and the last stage hold the tied embedding.
         self.tied_group = self._join(ranks_PDT[[0, -1]].permute(1, 2, 0).reshape(-1, 2)) if pipeline > 1 else None
 
     @property
     def model_rank(self) -> int:
-        """Place in the model group, unique over pipeline and tensor ranks."""
+        """Rank in the model group, unique over pipeline and tensor ranks."""
         return self.pipeline_rank * self.tensor + self.tensor_rank
 
     def pipeline_peer(self, pipeline_rank: int) -> int:
-        """The global rank of another stage's process with this data and tensor rank."""
+        """The global rank of the process with this data and tensor rank and another pipeline rank."""
         return (pipeline_rank * self.data + self.data_rank) * self.tensor + self.tensor_rank
 
     def _join(self, groups) -> dist.ProcessGroup | None:
-        """Make all of these groups, in the same order on every rank, and return the one that this rank is in."""
+        """Make all of these groups, in the same order on every rank, and return the one that contains this rank."""
         mine = None
         for ranks in groups.tolist():
             group = dist.new_group(ranks)
@@ -49,7 +49,7 @@ class Grid:
                 mine = group
         return mine
 
-    # What DeepSpeed calls, by the names of Megatron's mpu.
+    # The methods that DeepSpeed calls, with the names of Megatron's mpu.
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.data_group

@@ -1,8 +1,8 @@
-"""Tensor-parallel layers, which take the place of the model's plain modules.
+"""Tensor-parallel layers, which replace the model's plain modules.
 
-Shapes as in the model; T2 marks positions, of which a rank holds all, or with sequence parallelism its 1/n, in order.
-Between a column and a row layer every rank works on all positions and on its share of heads, columns, vocabulary or
-concepts; everywhere else (LayerNorm, dropout, residual) on its positions and on the whole width.
+Shapes as in the model, and T2: the positions that a rank holds, which are all S, or with sequence parallelism its 1/n
+of them, in order. Between a column and a row layer a rank works on all positions and on its shard of heads, columns,
+vocabulary or concepts. Everywhere else (LayerNorm, dropout, residual) it works on its positions and the whole width.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from megacocomix.model.gpt2 import queries_keys_values
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The tensor ranks of one model, and the collectives of their layers."""
+    """The tensor ranks of one copy of the model, and the collectives of their layers."""
 
     group: dist.ProcessGroup
     rank: int
@@ -25,14 +25,18 @@ class TensorGroup:
     sequence: bool
 
     def gather_input(self, x: Tensor) -> Tensor:
-        """Of a column layer: [B, T2, …] → all positions on every rank, by an all-gather where they are split. Backward:
-        the sum of all ranks' gradients (all-reduce), to the holder of each position (reduce-scatter)."""
-        return _AllGather.apply(x, self) if self.sequence else _Copy.apply(x, self)
+        """For a column layer: [B, T2, …] → all positions on every rank (an all-gather if they are split). The backward
+        pass sums the gradients of all ranks (all-reduce; if positions are split, reduce-scatter)."""
+        if self.sequence:
+            return _Collective.apply(x, self.all_gather_positions, self.reduce_scatter_positions)
+        return _Collective.apply(x, lambda x: x.view_as(x), self.all_reduce)
 
     def reduce_output(self, x: Tensor) -> Tensor:
-        """Of a row layer: partial results of all positions → their sum [B, T2, …], by an all-reduce, or a
-        reduce-scatter where positions are split. Backward: its gradient, on every rank."""
-        return _ReduceScatter.apply(x, self) if self.sequence else _AllReduce.apply(x, self)
+        """For a row layer: partial results of all positions → their sum [B, T2, …] (all-reduce; if positions are split,
+        reduce-scatter). The backward pass gives every rank the whole gradient."""
+        if self.sequence:
+            return _Collective.apply(x, self.reduce_scatter_positions, self.all_gather_positions)
+        return _Collective.apply(x, self.all_reduce, lambda grad: grad)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the ranks."""
@@ -47,7 +51,7 @@ class TensorGroup:
         return gathered
 
     def local_positions(self, x: Tensor) -> Tensor:
-        """All positions of something that every rank holds whole, [B, S, …] → [B, T2, …]."""
+        """A tensor that every rank holds whole, [B, S, …] → this rank's positions, [B, T2, …]."""
         return x.chunk(self.size, dim=1)[self.rank] if self.sequence else x
 
     def all_gather_positions(self, x: Tensor) -> Tensor:
@@ -62,60 +66,31 @@ class TensorGroup:
         return own
 
     def combine_losses(self, log_sum_N: Tensor, chosen_N: Tensor) -> tuple[Tensor, Tensor]:
-        """For losses.label_cross_entropy: log-sum-exps and chosen logits of this rank's classes → of all classes."""
+        """The `combine` of losses.label_cross_entropy: log-sum-exps and chosen logits of this rank's classes → those of
+        all classes."""
         log_sums_nN, chosen_nN = self.all_gather(torch.stack((log_sum_N, chosen_N))).unbind(1)
         return log_sums_nN.logsumexp(0), chosen_nN.sum(0)
 
 
-class _Copy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
+class _Collective(torch.autograd.Function):
+    """`on_value` in the forward pass, `on_gradient` in the backward pass."""
 
     @staticmethod
-    def backward(ctx, grad):
-        return ctx.group.all_reduce(grad), None
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        return group.all_reduce(x)
+    def forward(ctx, x, on_value, on_gradient):
+        ctx.on_gradient = on_gradient
+        return on_value(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return group.all_gather_positions(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.group.reduce_scatter_positions(grad), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return group.reduce_scatter_positions(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.group.all_gather_positions(grad), None
+        return ctx.on_gradient(grad), None, None
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of `whole` rows a tensor rank owns, and how many it stores: owned rows first, then padding.
+    """The rows that a tensor rank owns, and how many it stores: owned rows first, then padding.
 
-    Owned rows differ by one at most between ranks. Stored ones are the same on every rank; where rows are tokens of the
-    vocabulary or concepts they are also a multiple of 8, which matrix units want.
+    The number of owned rows differs between ranks by at most one. The number of stored rows is the same on every rank.
+    If `padded` (vocabulary and concepts) it is also a multiple of 8, as matrix units need.
     """
 
     start: int
@@ -124,7 +99,7 @@ class Shard:
 
     @classmethod
     def of(cls, whole: int, num_ranks: int, rank: int, padded: bool) -> "Shard":
-        """The shard of rank `rank`."""
+        """The shard of one rank, for `whole` rows in total."""
         stored = -(-whole // num_ranks)
         if padded:
             stored = -(-stored // 8) * 8
@@ -137,8 +112,8 @@ class Shard:
 
 
 class ShardedLayer(nn.Module):
-    """A rank's shard of a layer: takes over the plain module's parameters, which are sharded when they get their
-    values."""
+    """A rank's shard of a layer. It takes over the plain module's parameters, which are sharded later, when they get
+    their values."""
 
     def __init__(self, plain: nn.Module, group: TensorGroup, shard: Shard | None):
         super().__init__()
@@ -174,8 +149,8 @@ class RowParallelLinear(ShardedLayer):
 
 
 class VocabParallelEmbedding(ShardedLayer):
-    """An embedding split by tokens of the vocabulary: each rank looks up its own, all are summed. int64 [B, T] → [B,
-    T2, D]."""
+    """An embedding split by the tokens of the vocabulary. Each rank looks up its own tokens, then the results are
+    summed: int64 [B, T] → [B, T2, D]."""
 
     def forward(self, tokens_BT):
         place_BT = tokens_BT - self.shard.start
@@ -185,7 +160,7 @@ class VocabParallelEmbedding(ShardedLayer):
 
 
 class PositionEmbedding(ShardedLayer):
-    """The whole table on every rank; with sequence parallelism only this rank's positions are looked up."""
+    """The whole table on every rank. With sequence parallelism a rank looks up only its own positions."""
 
     def forward(self, positions_T):
         if self.group.sequence:
@@ -194,15 +169,14 @@ class PositionEmbedding(ShardedLayer):
 
 
 class GlobalTopK(nn.Module):
-    """The exact K largest of all C concept logits, though each rank has scored only its own.
+    """The exact K largest of all C concept logits, although each rank has only its own logits.
 
-    Every rank sends its own K largest, and the K largest of those K·n candidates are the K largest of all: a rank never
-    needs more than K.
+    Every rank sends its K largest. The K largest of these K·n candidates are the K largest of all.
 
-    Bytes that a rank receives for a token, of activations with b bytes: K·n·(b + 4) candidates, and one hidden vector
-    in RowParallelCompress. That is D·b in the forward pass; with sequence parallelism D·b/n there, and its gradient,
-    D·b, in the backward pass. The choice itself needs nothing in the backward pass: each rank knows which of the K are
-    its own.
+    Bytes that a rank receives per token, for activations of b bytes: K·n·(b + 4) for the candidates, and one hidden
+    vector in RowParallelCompress. The vector is D·b in the forward pass; with sequence parallelism it is D·b/n in the
+    forward pass, and its gradient is D·b in the backward pass. The choice itself needs no communication in the backward
+    pass: each rank knows which of the K are its own.
     """
 
     def __init__(self, num_kept: int, group: TensorGroup, shard: Shard):
@@ -210,9 +184,9 @@ class GlobalTopK(nn.Module):
         self.num_kept, self.group, self.shard = num_kept, group, shard
 
     def forward(self, logits_BTc):
-        """This rank's logits [B, T, owned] → (values, rows of this rank's shard), both [B, T, K]; value 0, row 0 for a
-        concept of another rank."""
-        # The candidates of all ranks must be of one number, though the last ranks may own one concept less.
+        """This rank's logits [B, T, owned] → (values, rows of this rank's shard), both [B, T, K]. A concept of another
+        rank has value 0 and row 0."""
+        # All ranks must send the same number of candidates, although some ranks may own one concept less.
         num_candidates = min(self.num_kept, self.shard.stored)
         value_BTK, place_BTK = logits_BTc.detach().topk(min(num_candidates, self.shard.owned), dim=-1)
         missing = num_candidates - value_BTK.shape[-1]
@@ -227,7 +201,7 @@ class GlobalTopK(nn.Module):
 
 
 class RowParallelCompress(ShardedLayer):
-    """model.concept.Compress split by concepts: each rank sums the rows it owns, then all sums are added."""
+    """model.concept.Compress split by concepts. Each rank sums its own rows, then the sums of all ranks are added."""
 
     def forward(self, value_BTK, row_BTK):
         rows = F.embedding_bag(

@@ -1,8 +1,8 @@
-"""The pipeline: which rank computes what when (1F1B, interleaved 1F1B, forward only), and the messages between stages.
+"""The pipeline's schedule (1F1B, interleaved 1F1B, forward only) and the messages between its stages.
 
-All ranks derive the same plan of rounds. In a round a rank runs at most one forward or backward pass of one stage, and
-after it all that was computed is on its way: what one rank sends another one receives in the same round, so that
-messages always meet in order, on any backend. The schedule knows nothing of the engine but two calls.
+All ranks derive the same plan of rounds. In a round, a rank runs at most one forward or backward pass of one stage. At
+the end of the round it sends the result, and the receiver posts its receive in the same round. So messages always match
+in order, on any backend. The schedule uses the engine only through two callables.
 """
 
 import functools
@@ -29,29 +29,24 @@ class Pass(NamedTuple):
 def rank_order(rank: int, pipeline: int, virtual_stages: int, num_micro: int) -> list[Pass]:
     """The passes of one rank, in order. Stage s lives on rank s mod pipeline.
 
-    1F1B: enough forward passes to fill the pipeline behind this rank, then one backward pass after each forward. With
-    several stages a rank (virtual stages), micro-batches go through the first stages of all ranks in groups of
-    `pipeline`, then through the second ones and so on (interleaved 1F1B; Narayanan et al. 2021, §2.2): num_micro must
-    be a multiple of pipeline.
+    1F1B: enough forward passes to fill the pipeline behind this rank, then one backward pass after each forward pass.
+    With several stages per rank (virtual stages), micro-batches go in groups of `pipeline` through the first stages of
+    all ranks, then through the second ones and so on (interleaved 1F1B; Narayanan et al. 2021, §2.2). num_micro must
+    then be a multiple of pipeline.
     """
     assert virtual_stages == 1 or num_micro % pipeline == 0
     total = num_micro * virtual_stages
 
-    def unit(index: int, is_forward: bool) -> Pass:
+    def nth_pass(index: int, is_forward: bool) -> Pass:
         group, within = divmod(index, pipeline * virtual_stages)
-        chunk, micro = divmod(within, pipeline)
-        chunk = chunk if is_forward else virtual_stages - 1 - chunk
-        return Pass(is_forward, chunk * pipeline + rank, group * pipeline + micro)
+        virtual, micro = divmod(within, pipeline)
+        virtual = virtual if is_forward else virtual_stages - 1 - virtual
+        return Pass(is_forward, virtual * pipeline + rank, group * pipeline + micro)
 
-    if virtual_stages == 1:  # any number of micro-batches, in order
-        forward = [Pass(True, rank, micro) for micro in range(num_micro)]
-        backward = [Pass(False, rank, micro) for micro in range(num_micro)]
-        num_ahead = pipeline - 1 - rank
-    else:
-        forward = [unit(index, True) for index in range(total)]
-        backward = [unit(index, False) for index in range(total)]
-        num_ahead = 2 * (pipeline - 1 - rank) + (virtual_stages - 1) * pipeline
-    num_ahead = min(num_ahead, total)
+    forward = [nth_pass(index, True) for index in range(total)]
+    backward = [nth_pass(index, False) for index in range(total)]
+    behind = pipeline - 1 - rank
+    num_ahead = min(behind if virtual_stages == 1 else 2 * behind + (virtual_stages - 1) * pipeline, total)
     order = forward[:num_ahead]
     for ahead, behind in zip(forward[num_ahead:], backward, strict=False):
         order += [ahead, behind]
@@ -59,13 +54,14 @@ def rank_order(rank: int, pipeline: int, virtual_stages: int, num_micro: int) ->
 
 
 def plan_rounds(orders: list[list[Pass]], num_stages: int) -> list[list[Pass | None]]:
-    """Rounds of at most one pass a rank, each as early as its order and its inputs, which take one round, allow."""
+    """Rounds with at most one pass per rank. A pass runs as early as its rank's order and its inputs allow. A result is
+    available one round after its pass."""
     done: set[Pass] = set()
     waiting = [list(reversed(order)) for order in orders]
     rounds = []
     while any(waiting):
         now = [order[-1] if order and _inputs(order[-1], num_stages) <= done else None for order in waiting]
-        assert any(now), "no rank can go on"
+        assert any(now), "no rank can continue"
         for order, step in zip(waiting, now, strict=True):
             if step:
                 order.pop()
@@ -84,19 +80,20 @@ def _inputs(step: Pass, num_stages: int) -> set[Pass]:
 
 
 class Pipeline:
-    """The stages of all ranks as one model: runs a step's forward and backward passes, or forward passes alone."""
+    """The stages of all ranks as one model. It runs a step's forward and backward passes, or forward passes only."""
 
     def __init__(self, grid: Grid, num_stages: int, input_shape: Callable[[int], tuple], dtype: torch.dtype):
         """`input_shape(stage)` is the shape of the hidden state that a stage receives on this rank."""
         self.grid, self.num_stages, self.dtype = grid, num_stages, dtype
         self.input_shape = functools.cache(input_shape)
-        # NCCL wants a group's first exchange to be one of all its ranks.
+        # NCCL requires that all ranks take part in a group's first communication.
         dist.all_reduce(torch.zeros(1, device=grid.device), group=grid.pipeline_group)
 
     def train(self, forward: Callable, before_backward: Callable[[], None], batches: list[MicroBatch]) -> Tensor:
-        """Forward and backward of every micro-batch. `forward(stage, x, batch)` takes what the stage before returned
-        (None on the first) and returns the next stage's input, or the last stage's loss, and this rank's shares of the
-        losses; `before_backward()` is called right before every backward pass. Returns the sum of the shares, fp64."""
+        """Forward and backward passes of every micro-batch. `forward(stage, x, batch)` takes the output of the stage
+        before (None on the first stage). It returns the next stage's input or the last stage's loss, and this rank's
+        shares of the losses. `before_backward()` is called right before every backward pass. Returns the sum of the
+        shares, fp64."""
         pipeline = self.grid.pipeline
         orders = [rank_order(rank, pipeline, self.num_stages // pipeline, len(batches)) for rank in range(pipeline)]
         losses, graphs = self._no_losses(), {}
@@ -119,8 +116,8 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, forward: Callable, batches: Iterable[MicroBatch]) -> Tensor:
-        """Forward passes alone, of any number of micro-batches, as many at a time as keep the pipeline busy. Returns
-        the sum of the shares, as `train` does."""
+        """Forward passes only, of any number of micro-batches, in groups that are large enough to keep the pipeline
+        busy. Returns the sum of the shares, as `train` does."""
         batches, pipeline, losses = iter(batches), self.grid.pipeline, self._no_losses()
         while some := list(islice(batches, 4 * pipeline)):
             orders = [
@@ -151,19 +148,19 @@ class Pipeline:
                 result = run(step, tensor)
             messages, goals = self._messages(steps, result)
             works = dist.batch_isend_irecv(messages) if messages else []
-            works = works if len(works) == len(messages) else works * len(messages)  # NCCL: one work for all
+            works = works if len(works) == len(messages) else works * len(messages)  # NCCL returns one work for all
             sending = [(tensor, work) for tensor, work in sending if not work.is_completed()]
             for message, goal, work in zip(messages, goals, works, strict=True):
                 if goal:
                     arriving[goal] = message.tensor, work
-                else:  # must live until it is sent
+                else:  # the tensor must stay alive until it is sent
                     sending.append((message.tensor, work))
         for _, work in sending:
             work.wait()
 
     def _messages(self, steps: list[Pass | None], result: Tensor | None) -> tuple[list, list]:
-        """What this rank sends and receives after a round, and for what it receives the pass that wants it. In the
-        order of the senders: so two ranks that send each other something agree on which message is the first."""
+        """This rank's messages after a round, and for each the pass that needs it if it is received, else None. They
+        are in the order of their senders, so that two ranks that send to each other agree on the order."""
         grid, messages, goals = self.grid, [], []
         for sender, step in enumerate(steps):
             goal = _next_pass(step, self.num_stages) if step else None
@@ -183,6 +180,6 @@ class Pipeline:
 
 
 def _next_pass(step: Pass, num_stages: int) -> Pass | None:
-    """The pass that takes what `step` returns; None at the model's ends."""
+    """The pass that uses the result of `step`; None at both ends of the model."""
     stage = step.stage + (1 if step.is_forward else -1)
     return step._replace(stage=stage) if 0 <= stage < num_stages else None

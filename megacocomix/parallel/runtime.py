@@ -1,5 +1,4 @@
-"""The processes of a run: who am I among them, and on which device. Works under deepspeed, torchrun and plain
-python."""
+"""The processes of a run: this process's rank and device. Works under deepspeed, torchrun and plain python."""
 
 import os
 import random
@@ -26,18 +25,18 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Rank 0 writes what is written once."""
+        """Whether this is rank 0, which writes the shared files."""
         return self.rank == 0
 
 
 def start_runtime() -> Runtime:
-    """Join the job that the launcher's environment describes, or be a job of one. Raises UserError when peers cannot be
-    met."""
+    """Join the job that the launcher's environment describes, or start a job of one process. Raises UserError if the
+    other processes cannot be reached."""
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise UserError("srun started several processes, but none knows its rank: start torchrun or deepspeed instead.")
+        raise UserError("srun started several processes without ranks: start torchrun or deepspeed instead.")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    # DeepSpeed reads these again, and picks an accelerator of its own where none is named.
+    # DeepSpeed reads these variables too. Without DS_ACCELERATOR it would choose an accelerator itself.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
     has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     os.environ["DS_ACCELERATOR"] = "cuda" if has_gpu else "cpu"
@@ -45,7 +44,7 @@ def start_runtime() -> Runtime:
         raise UserError(f"this host has {torch.cuda.device_count()} GPUs, fewer than the processes started on it.")
     if has_gpu:
         torch.cuda.set_device(local_rank)
-    # CPU tensors go over gloo in either case: signals and counts must not wait for a GPU stream.
+    # CPU tensors always use gloo: signals and counts must not wait for a GPU stream.
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -53,14 +52,14 @@ def start_runtime() -> Runtime:
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         except (dist.DistError, ValueError, RuntimeError) as error:
-            raise UserError(f"rank {rank} of {world} could not meet the others: {error}") from None
+            raise UserError(f"rank {rank} of {world} could not connect to the others: {error}") from None
     return Runtime(rank, world, torch.device("cuda", local_rank) if has_gpu else torch.device("cpu"))
 
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """A UserError of any rank inside it is raised on all of them. A rank that failed alone would leave the others
-    waiting in their next collective."""
+    """A UserError that any rank raises in this context is raised on all ranks. If one rank failed alone, the others
+    would wait for it in their next collective."""
     problems = []
     try:
         yield
@@ -78,13 +77,12 @@ def errors_on_all_ranks() -> Iterator[None]:
 
 
 def stop_runtime() -> None:
-    """Leave the job together: a launcher ends the other processes as soon as one has left with an error."""
+    """Leave the job together. A launcher kills the other processes as soon as one exits with an error."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed dropout for one step on one rank. A pure function, so a resumed run needs no stored generator state; dropout
-    masks depend on the layout, everything else that is random does not."""
-    value = random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
-    torch.manual_seed(value)
+    """Seed dropout for one step on one rank. The seed depends only on the arguments, so a resumed run needs no stored
+    generator state. Dropout masks depend on the layout; nothing else that is random does."""
+    torch.manual_seed(random.Random(f"{seed}/{step}/{rank}").getrandbits(63))

@@ -1,8 +1,8 @@
-"""Pipeline stages: the model's class with parts missing, and the losses that live on each.
+"""Pipeline stages: the model's class with parts removed, and the losses of each stage.
 
-A stage holds neighbouring blocks. The embedding goes with the first block, the concept module with the block it stands
-before, final norm and head with the last. So a split point never divides the change from T to 2T positions: a stage
-that begins at `insertion_layer` receives T positions and adds the slots itself.
+A stage holds consecutive blocks. The first block's stage also has the embedding, the last block's stage has the final
+norm and the head, and the stage of block `insertion_layer` has the concept module. So a stage that begins at
+`insertion_layer` receives T positions and adds the slots itself.
 """
 
 import functools
@@ -23,15 +23,15 @@ from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.layers import TensorGroup
 from megacocomix.parallel.tensor import parallelize, shard
 
-TIED = "embed.tokens.weight"  # the name of the tied weight, wherever a copy of it is
+TIED = "embed.tokens.weight"  # the name of the tied weight, for both of its copies
 
 
 def stage_blocks(config: Config) -> list[range]:
-    """The blocks of each stage: as `parallel.split_points` divides them, or so that the costliest stage is as cheap as
-    can be.
+    """The blocks of each stage: as `parallel.split_points` divides them, else so that the costliest stage is as cheap
+    as possible.
 
-    Costs are FLOPs: blocks behind the concept module count twice and more. Among equally good divisions the later
-    stages are the smaller ones.
+    Costs are FLOPs: a block after the concept module costs at least twice as much. Among equally good divisions the one
+    with smaller later stages is taken.
     """
     num_layers, parallel = config.model.num_layers, config.parallel
     if parallel.split_points:
@@ -44,7 +44,7 @@ def stage_blocks(config: Config) -> list[range]:
 
     @functools.cache
     def best(stop: int, num_stages: int) -> tuple[float, int]:
-        """Cost of the costliest of `num_stages` stages over blocks [0, stop), and where the last of them begins."""
+        """Cost of the costliest of `num_stages` stages over blocks [0, stop), and minus the last one's first block."""
         if num_stages == 1:
             return sum(costs[:stop]), 0
         return min(
@@ -61,7 +61,7 @@ def stage_blocks(config: Config) -> list[range]:
 
 
 def hidden_shape(config: Config, stage: int) -> tuple[int, int, int]:
-    """Shape [B, S, D] of what a stage receives from the one before it, on one tensor rank."""
+    """Shape [B, S, D] of the hidden state that a stage receives from the one before it, on one tensor rank."""
     positions, parallel = config.model.context, config.parallel
     if stage_blocks(config)[stage].start > config.method.insertion_layer:
         positions += config.method.num_slots(positions)
@@ -73,31 +73,30 @@ def hidden_shape(config: Config, stage: int) -> tuple[int, int, int]:
 
 
 class MicroBatch(NamedTuple):
-    """One micro-batch, on every stage: each takes what it needs. It carries what its losses are divided by, which is of
-    the global batch, so that a loss does not depend on how the batch was split."""
+    """One micro-batch. Every stage gets it and uses what it needs. The counts that divide its losses are those of the
+    global batch, so that a loss does not depend on how the batch was split."""
 
     tokens_BT: Tensor
     targets_BT1: Tensor
     num_targets: Tensor | int = 1
-    """Next-token targets of the global batch; 1 gives the sum of the losses."""
+    """Number of next-token targets in the global batch. 1 gives the sum of the losses."""
     labels_BMk: Tensor | None = None
     hidden_BME: Tensor | None = None
     outputs_BTE: Tensor | None = None
-    """The last three as `TeacherTargets` names them; what the teacher did not give is not learned."""
+    """These three are fields of `TeacherTargets`. The loss of one that is None is not computed."""
     num_predicted: Tensor | int = 1
-    """Positions of the global batch whose prediction is learned."""
+    """Number of positions in the global batch whose prediction has a target."""
 
 
-NUM_LOSSES = 3
-"""Next token, prediction (of concepts or of a hidden state), distillation."""
+NUM_LOSSES = 3  # next token, prediction (of concepts or of a hidden state), distillation
 
 
 class StageModule(nn.Module):
-    """The stages of this rank, with their losses: one, or under an interleaved schedule several. Parameters have no
-    memory until `set_parameters`."""
+    """The stages of this rank, with their losses: one stage, or several under an interleaved schedule. Parameters have
+    no memory until `set_parameters`."""
 
     def __init__(self, config: Config, grid: Grid, teacher_head: FrozenHead | None = None):
-        """`teacher_head` is needed by a method that distills; it is no part of the model."""
+        """A method that distills needs `teacher_head`, which is not part of the model."""
         super().__init__()
         blocks = stage_blocks(config)
         self.num_stages = len(blocks)
@@ -109,32 +108,28 @@ class StageModule(nn.Module):
             self.tensor_group = TensorGroup(grid.tensor_group, grid.tensor_rank, grid.tensor, sequence)
         with torch.device("meta"):
             whole = assemble(config)
-        self.whole_shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
-        with torch.device("meta"):
             self.parts = nn.ModuleDict({str(index): self._part(config, blocks[index]) for index in self.indices})
-        for part in self.parts.values():
-            recompute_blocks(part, config.training.recompute)
+        self.whole_shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
         self.data = grid.data
-        # The tensor ranks of a stage know the same losses: one of them counts.
+        # All tensor ranks of a stage have the same losses, so only one of them counts.
         self.counts_losses = grid.tensor_rank == 0
 
     def forward(self, stage: int, x: Tensor | None, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """x [B, S, D], None on the first stage → (what goes on to the next stage, [B, S, D], or of the last stage the
-        scalar loss; this rank's shares of the losses, fp64 [NUM_LOSSES], before their weights).
+        """x [B, S, D], None on the first stage → (the next stage's input [B, S, D], or on the last stage the scalar
+        loss; this rank's shares of the losses, fp64 [NUM_LOSSES], without their weights).
 
-        Losses are shares of the global batch's means, times the number of data ranks, over which gradients are
-        averaged. The loss of what the concept module predicts joins the graph of what is returned: it needs no gradient
-        from there.
+        The scalar loss is this micro-batch's share of the global batch's mean, times the number of data ranks, because
+        gradients are averaged over them. The prediction's loss is attached to the returned tensor's graph, so that its
+        backward pass runs with that tensor's.
         """
         part = self.parts[str(stage)]
         y, prediction = part(batch.tokens_BT if x is None else x)
         losses = torch.zeros(NUM_LOSSES, dtype=torch.float64, device=y.device)
         if stage == self.num_stages - 1:
-            logits_BTV, loss = y, self._cross_entropy(y, batch.targets_BT1, part.head) / batch.num_targets
+            loss = self._cross_entropy(y, batch.targets_BT1, part.head) / batch.num_targets
             losses[0] = loss.detach()
             if batch.outputs_BTE is not None:
-                divergence = self._divergence(logits_BTV, batch.outputs_BTE, batch.targets_BT1, part.head)
-                divergence = divergence / batch.num_targets
+                divergence = self._divergence(y, batch.outputs_BTE, batch.targets_BT1, part.head) / batch.num_targets
                 losses[2] = divergence.detach()
                 loss = loss + self.method.kd_weight * divergence
             y = loss * self.data
@@ -151,16 +146,16 @@ class StageModule(nn.Module):
         return y, losses if self.counts_losses else torch.zeros_like(losses)
 
     def named_shards(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """Name in the whole model, this rank's shard, and whether it is the second copy of a tied parameter."""
+        """The name in the whole model, this rank's shard, and whether it is the second copy of a tied parameter."""
         for index, part in self.parts.items():
             for name, parameter in part.named_parameters():
                 is_copy = name == "head.weight" and index != "0"
                 yield TIED if is_copy else name, parameter, is_copy
 
     def set_parameters(self, whole_value: Callable[[str], Tensor], place: Callable[[Tensor], nn.Parameter]) -> None:
-        """Give every parameter its value, one after the other: `whole_value(name)` is reduced to this rank's shard, and
-        `place` puts it where it is to stay. So a process never holds more than one whole parameter besides its own.
-        """
+        """Give every parameter its value, one at a time: `whole_value(name)` is reduced to this rank's shard, and
+        `place` moves that to its final memory. So a process never holds more than one whole parameter besides its
+        shards."""
         size, rank = (self.tensor_group.size, self.tensor_group.rank) if self.tensor_group else (1, 0)
         placed = {}
         for name, parameter, _ in list(self.named_shards()):
@@ -186,6 +181,7 @@ class StageModule(nn.Module):
             part.concept = None
         if self.tensor_group:
             parallelize(part, self.tensor_group)
+        recompute_blocks(part, config.training.recompute)
         return part
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, layer: nn.Module) -> Tensor:
@@ -201,14 +197,14 @@ class StageModule(nn.Module):
         return teacher_divergence(logits, outputs, head, counts, self.tensor_group.all_gather)
 
     def _local_distance(self, predicted: Tensor, target: Tensor) -> Tensor:
-        """Of the positions that this tensor rank holds, over all of which the gradients are summed."""
+        """The distance over the positions of this tensor rank. Gradients are later summed over the tensor ranks."""
         if self.tensor_group:
             target = self.tensor_group.local_positions(target)
         return hidden_distance(predicted, target, self.method.hidden_loss)
 
 
 class _Attach(torch.autograd.Function):
-    """y unchanged; in the backward pass `loss` gets gradient 1, as if it had been added to the final loss."""
+    """Returns y unchanged. In the backward pass `loss` gets gradient 1, as if it had been added to the final loss."""
 
     @staticmethod
     def forward(ctx, y, loss):
@@ -220,8 +216,8 @@ class _Attach(torch.autograd.Function):
 
 
 def recompute_blocks(part: GPT2, mode: Literal["none", "selective", "full"]) -> None:
-    """With `full` each block keeps only its input and is run again in the backward pass, with `selective` each
-    attention. Losses and gradients do not change."""
+    """With `full`, each block keeps only its input and runs again in the backward pass; with `selective`, each
+    attention does. Losses and gradients do not change."""
     if mode == "none":
         return
     for block in part.blocks.values():

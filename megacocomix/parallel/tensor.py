@@ -1,7 +1,7 @@
-"""The sharding plan: along which dim each parameter is sharded, and which layer takes the place of the plain one.
+"""The sharding plan: the dim along which each parameter is sharded, and the layer that replaces the plain one.
 
-Model files know nothing of it. A shard is made from a parameter's whole value and merged back into it; what pads a
-shard never leaves the process.
+The model's modules do not depend on it. A shard is made from the whole parameter and merged back into it. The padding
+of a shard never leaves the process.
 """
 
 from typing import NamedTuple
@@ -24,8 +24,8 @@ from megacocomix.parallel.layers import (
 
 
 class Rule(NamedTuple):
-    """How one module is sharded. Parameters with fewer dims than `dim` (biases of row layers), and all of a module
-    whose dim is None, are whole on every rank."""
+    """How one module is sharded. Biases of row layers are whole on every rank, and so are all parameters of a module
+    whose dim is None."""
 
     layer: type[nn.Module]
     dim: int | None
@@ -42,10 +42,8 @@ PLAN = {
     "concept.predict": Rule(ColumnParallelLinear, 0, padded=True),
     "predict_hidden.up": Rule(ColumnParallelLinear, 0),
     "predict_hidden.down": Rule(RowParallelLinear, 1),
-    "concept.compress": Rule(
-        RowParallelCompress, 0, padded=True
-    ),  # by concepts; its bias is of the width, see shard_dim
-    "head": Rule(ColumnParallelLinear, 0, padded=True),  # tied to embed.tokens: must be sharded as it is
+    "concept.compress": Rule(RowParallelCompress, 0, padded=True),  # weight by concepts; the bias is whole
+    "head": Rule(ColumnParallelLinear, 0, padded=True),  # tied to embed.tokens, so it must be sharded like it
 }
 
 
@@ -54,7 +52,7 @@ def _rule_of(module_path: str) -> Rule | None:
 
 
 def shard_dim(name: str) -> int | None:
-    """The dim along which a parameter is sharded over tensor ranks; None where every rank holds it whole."""
+    """The dim along which a parameter is sharded over tensor ranks; None if every rank holds it whole."""
     module_path, _, kind = name.rpartition(".")
     rule = _rule_of(module_path)
     if rule is None or (kind == "bias" and rule.layer not in (ColumnParallelLinear, ColumnParallelQKV)):
@@ -63,12 +61,12 @@ def shard_dim(name: str) -> int | None:
 
 
 def shard_of(name: str, whole: torch.Size, size: int, rank: int) -> Shard:
-    """Which part of a sharded parameter a rank holds along shard_dim."""
+    """The rows of a sharded parameter that a rank holds along shard_dim."""
     return Shard.of(whole[shard_dim(name)], size, rank, _rule_of(name.rpartition(".")[0]).padded)
 
 
 def shard(name: str, whole: Tensor, size: int, rank: int) -> Tensor:
-    """A rank's shard of a whole parameter (or of a moment of it), padded with zeros."""
+    """A rank's shard of a whole parameter (or of one of its moments), padded with zeros."""
     dim = shard_dim(name)
     if size == 1 or dim is None:
         return whole
@@ -93,19 +91,14 @@ def unshard(name: str, shards: list[Tensor], whole: torch.Size) -> Tensor:
 
 
 def parallelize(part: GPT2, group: TensorGroup) -> None:
-    """Put tensor-parallel layers in the place of plain ones. Parameters are taken over as they are: shard them when
-    setting values."""
+    """Replace plain layers by tensor-parallel ones. These take over the parameters unsharded: shard them when setting
+    their values."""
     for path, module in list(part.named_modules()):
         if (rule := _rule_of(path)) is None:
             continue
         extent = None
         if rule.dim == 0:
             extent = Shard.of(module.weight.shape[0], group.size, group.rank, rule.padded)
-        _replace(part, path, rule.layer(module, group, extent))
+        part.set_submodule(path, rule.layer(module, group, extent))
     if part.concept is not None and part.concept.top_k is not None:
         part.concept.top_k = GlobalTopK(part.concept.top_k.num_kept, group, part.concept.compress.shard)
-
-
-def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, module)

@@ -1,19 +1,20 @@
-"""DeepSpeed: engine construction, and every place where its internals are touched. Written for the versions in TESTED.
+"""The DeepSpeed engine, and all code that uses DeepSpeed's internals. Written for the versions in TESTED.
 
-The rest of the project sees an engine that it can call, that sums gradients over micro-batches and steps, and the fp32
-weights, gradients and Adam moments as slices by parameter name (`local_slices`), whatever the ZeRO stage. Where a stage
-keeps these is known to one class a kind of partition: `_Replicated`, `_Bf16Stage1`, `_FlatShards`, `_ParameterShards`.
+The rest of the project uses an engine that it can call, that sums gradients over micro-batches, and that steps. The
+fp32 weights, gradients and Adam moments are available as slices by parameter name (`local_slices`), for every ZeRO
+stage. One class per kind of partition knows where they are: `_Replicated`, `_Bf16Stage1`, `_FlatShards`,
+`_ParameterShards`.
 
-What DeepSpeed would do otherwise, and where it is corrected:
-- ZeRO-3 broadcasts the order of its modules over all processes, whose order differs between pipeline stages: it would
-  wait for ever. `_stop_tracing`.
-- Only a forward pass re-arms its reduction hooks: of two backward passes in a row the second would be lost.
+Faults of DeepSpeed in our use, and where they are corrected:
+- ZeRO-3 broadcasts the order of its modules over all processes. The order differs between pipeline stages, so it would
+  hang: `_ParameterShards.__init__`.
+- Only a forward pass re-arms its reduction hooks. Of two backward passes in a row the second would be lost:
   `before_backward`.
-- A gradient that the last step left in a partition is added to, when a parameter is first used in a later backward
-  pass. `begin_step`.
-- Its gradient norm counts tied and replicated parameters wrongly under a pipeline, and its collectives differ in number
-  between stages. The norm and the clipping are ours: `Engine._finish_gradients`; DeepSpeed's are switched off.
-- It knows no tied weight on two stages: `Engine._sum_shared_gradients`, `_FlatShards.before_reduction`.
+- If a parameter is not used in the first backward pass of a step, its gradient would be added to that of the last step:
+  `begin_step`.
+- Its gradient norm counts tied and replicated parameters wrongly under a pipeline, and the number of its collectives
+  differs between stages. We compute the norm and clip, with DeepSpeed's clipping off: `Engine._finish_gradients`.
+- It does not support a tied weight on two stages: `Engine._sum_shared_gradients`, `_FlatShards.before_reduction`.
 """
 
 import logging
@@ -32,12 +33,12 @@ from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.stage import TIED, StageModule
 from megacocomix.parallel.tensor import shard_dim
 
-# Before its first import: DeepSpeed logs the import itself.
+# Before the first import of DeepSpeed, which already logs.
 logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR"))
 import deepspeed  # noqa: E402
 from deepspeed.ops import __compatible_ops__  # noqa: E402
 
-# DeepSpeed calls names that torch has since renamed, once a collective.
+# In every collective DeepSpeed calls functions that torch has renamed.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
 
 TESTED = ("0.19.8",)
@@ -45,30 +46,25 @@ STATES = ("weight", "exp_avg", "exp_avg_sq")
 
 
 class Slice(NamedTuple):
-    """What this rank holds of one fp32 state of one parameter: elements [start, start + len(values)) of its tensor
-    rank's shard, flattened."""
+    """This rank's part of one fp32 state of one parameter: elements [start, start + len(values)) of the flattened shard
+    of its tensor rank."""
 
-    name: str
-    """In the whole model."""
-    shard_shape: torch.Size
-    """Of the tensor rank's shard."""
+    name: str  # in the whole model
+    shard_shape: torch.Size  # of the tensor rank's shard
     start: int
-    values: Tensor
-    """A flat view: writing to it changes the state. Empty on ranks that hold nothing."""
-    is_replicated: bool
-    """Every data rank holds the whole shard, rather than a part of it."""
-    is_copy: bool
-    """The last stage's copy of the tied weight, equal to the first stage's."""
+    values: Tensor  # a flat view: writing to it changes the state; empty on ranks that hold nothing
+    is_replicated: bool  # every data rank holds the whole shard, not a part of it
+    is_copy: bool  # the last stage's copy of the tied weight, equal to the first stage's
 
 
 def deepspeed_config(config: Config, device: torch.device) -> dict:
-    """The JSON that DeepSpeed wants, derived from ours; not an option of its own."""
+    """DeepSpeed's JSON config, derived from our config. It is not an option."""
     training, stage = config.training, config.parallel.zero
     precision = {}
     if training.precision == "bf16":
-        # DeepSpeed's defaults accumulate and reduce gradients in bf16: off by 2e-3 against one process.
+        # By default DeepSpeed accumulates and reduces gradients in bf16, which differs by 2e-3 from one process.
         precision = {
-            # immediate_grad_update: stage 1 adds each gradient to its fp32 sum at once, whatever pass comes next.
+            # immediate_grad_update: stage 1 adds each gradient to its fp32 sum at once, whichever pass comes next.
             "bf16": {"enabled": True, "check_grad_overflow": False, "immediate_grad_update": True},
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
@@ -77,14 +73,14 @@ def deepspeed_config(config: Config, device: torch.device) -> dict:
         "stage": stage,
         "contiguous_gradients": True,
         "overlap_comm": device.type == "cuda" and stage >= 2,
-        # Its replacement of F.linear is process-wide (the teacher's too) and accumulates in the low precision.
+        # If true, it replaces F.linear in the whole process (also for the teacher) and accumulates in low precision.
         "memory_efficient_linear": False,
     }
     if config.parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch,
-        # It neither counts micro-batches nor divides by their number, which each pipeline stage would do once more.
+        # DeepSpeed must not count micro-batches or divide by their number: every pipeline stage would do it again.
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,
@@ -97,7 +93,7 @@ def deepspeed_config(config: Config, device: torch.device) -> dict:
 
 
 class Engine:
-    """A DeepSpeed engine around this rank's stages. It shards over the data ranks."""
+    """A DeepSpeed engine around this rank's stages, sharded over the data ranks."""
 
     def __init__(
         self,
@@ -108,17 +104,17 @@ class Engine:
         grid: Grid,
         on_gradients: Callable[[], None] = lambda: None,
     ):
-        """`whole_value(name)` gives the weights to begin with, fp32 on the CPU; `build_optimizer` takes (name, number
-        of dims, parameter) triples; `on_gradients` is called in each step when the gradients are summed, before they
-        are clipped. Called by all ranks."""
+        """`whole_value(name)` gives the initial weights, fp32 on the CPU. `build_optimizer` takes (name, number of
+        dims, parameter) triples. `on_gradients` is called in each step after the gradients are summed and before they
+        are clipped. All ranks must construct it together."""
         if deepspeed.__version__ not in TESTED and grid.runtime.is_main:
             logging.getLogger(__name__).warning(
-                "deepspeed %s is not among the tested versions %s: its private parts may have moved",
+                "deepspeed %s is not among the tested versions %s: its internals may have changed",
                 deepspeed.__version__,
                 " ".join(TESTED),
             )
         if grid.device.type == "cpu":
-            # Would be compiled, for half a minute, and gloo does without.
+            # It would be compiled, which takes half a minute, and gloo does not need it.
             __compatible_ops__["deepspeed_shm_comm"] = False
         self.grid, self.stages, self.clip, self.on_gradients = grid, stages, config.optimizer.clip, on_gradients
         self.sums_over_tensor = grid.tensor > 1 and config.parallel.sequence
@@ -156,32 +152,34 @@ class Engine:
         self._engine.step()
 
     def gradient_norm(self) -> float:
-        """Global gradient norm before clipping, of the last step. Where it is not finite, the weights were left as they
-        were; all ranks agree."""
+        """The last step's global gradient norm before clipping, the same on all ranks. If it is not finite, that step
+        did not change the weights."""
         return self._norm
 
     def local_slices(self, state: str) -> Iterator[Slice]:
-        """This rank's part of `state` (one of STATES) of every parameter, in the same order on all ranks of a stage."""
+        """This rank's slice of `state` (one of STATES) of every parameter, in the same order on all ranks of a
+        stage."""
         self._partition.create_moments()
         values = lambda parameter: self._partition.values(parameter, state)
         return self._slices(values, self._partition.replicates_states)
 
     def set_step(self, step: int) -> None:
-        """Tell Adam's bias correction how many steps were taken."""
+        """Set the number of steps taken, for Adam's bias correction."""
         self._partition.create_moments()
         for state in self._partition.adam.state.values():
             state["step"].fill_(step)
 
     def gradients(self) -> Iterator[Slice]:
-        """This rank's part of the summed gradients. Only while a step is under way: after reduction, before the
+        """This rank's slices of the summed gradients. Valid only within a step, after reduction and before the
         update."""
         self._partition.merge_gradients()
         return self._slices(self._partition.gradient, self._partition.replicates_gradients)
 
     def _finish_gradients(self, lr_kwargs: dict) -> None:
-        """In the place of DeepSpeed's own step, which it ends with: gradients are reduced over the data ranks now."""
+        """Replaces DeepSpeed's own update, and calls it at its end. The gradients are already reduced over the data
+        ranks."""
         if self.offload and self.grid.device.type == "cuda":
-            torch.cuda.synchronize()  # they are still being copied to the host
+            torch.cuda.synchronize()  # the gradients are still being copied to the host
         with torch.no_grad():
             self._sum_shared_gradients()
             self.on_gradients()
@@ -198,13 +196,13 @@ class Engine:
         self._update(lr_kwargs)
 
     def _counts(self, gradient: Slice) -> bool:
-        """Whether this rank's slice goes into the norm: what several ranks hold alike is counted once."""
+        """Whether this rank's slice counts in the norm. A slice that several ranks hold is counted once."""
         if gradient.is_copy or (gradient.is_replicated and self.grid.data_rank):
             return False
         return shard_dim(gradient.name) is not None or self.grid.tensor_rank == 0
 
     def _sum_shared_gradients(self) -> None:
-        if self.sums_over_tensor:  # each rank has seen its positions only
+        if self.sums_over_tensor:  # each rank's gradient is of its own positions only
             replicated = [each.values for each in self.gradients() if shard_dim(each.name) is None]
             _sum_all(replicated, self.grid.tensor_group)
         if self.grid.pipeline > 1 and self._partition.sums_tied_after_reduction:
@@ -214,13 +212,13 @@ class Engine:
         for name, parameter, is_copy in self.stages.named_shards():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             start, values = values_of(parameter)
-            # DeepSpeed pads the last partition: what lies beyond the parameter is not ours.
+            # DeepSpeed pads the last partition: drop the values beyond the parameter's end.
             values = values[: max(0, math.prod(shape) - start)]
             yield Slice(name, shape, start, values, is_replicated, is_copy)
 
 
 class _Partition:
-    """Where an optimizer of DeepSpeed keeps masters, moments and gradients. The base class is of all that shard."""
+    """Where a DeepSpeed optimizer keeps masters, moments and gradients. The base class serves all sharded kinds."""
 
     replicates_states = False
     replicates_gradients = False
@@ -241,14 +239,14 @@ class _Partition:
         """After the last backward pass, before gradients are reduced over the data ranks."""
 
     def merge_gradients(self) -> None:
-        """Bring the gradients into the form that `gradient` reads."""
+        """Convert the gradients to the form that `gradient` reads."""
 
     def masters(self) -> list[Tensor]:
-        """The flat fp32 partitions that Adam steps on."""
+        """The flat fp32 partitions that Adam updates."""
         return [parameter for group in self.adam.param_groups for parameter in group["params"]]
 
     def create_moments(self) -> None:
-        """Adam makes its moments at the first step; make them as it would, where a state is read or set before that."""
+        """Adam makes its moments at its first step. If a state is read or set before that, make them as Adam would."""
         for flat in self.masters():
             state = self.adam.state[flat]
             if "exp_avg" not in state:
@@ -257,24 +255,24 @@ class _Partition:
                 state["exp_avg_sq"] = torch.zeros_like(flat)
 
     def values(self, parameter: nn.Parameter, state: str) -> tuple[int, Tensor]:
-        """First element of the parameter that this rank holds, and the flat values of `state` from there."""
+        """The parameter's first element that this rank holds, and the flat values of `state` from there."""
         group, start, within = self.place(parameter)
         flat = self.masters()[group]
         values = flat.data if state == "weight" else self.adam.state[flat][state]
         return start, values.view(-1)[within]
 
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
-        """The same of the gradient."""
+        """The same for the gradient."""
         group, start, within = self.place(parameter)
         if self.engine.offload:
             return start, self.masters()[group].grad.view(-1)[within]
         return start, self.reduced_gradient(parameter, group, within)
 
     def place(self, parameter: nn.Parameter) -> tuple[int, int, slice]:
-        """Where this rank's part of a parameter is: number of the flat partition, first element of the parameter, and
-        where in the partition it lies."""
+        """This rank's part of a parameter: index of the flat partition, the parameter's first element, and the slice of
+        the partition."""
         fragment = parameter._hp_mapping
-        if fragment is None:  # this rank's partition ends before or begins after the parameter
+        if fragment is None:  # this rank's partition holds nothing of the parameter
             return 0, 0, slice(0, 0)
         address = fragment.hp_fragment_address
         return (
@@ -284,17 +282,17 @@ class _Partition:
         )
 
     def reduced_gradient(self, parameter: nn.Parameter, group: int, within: slice) -> Tensor:
-        """The flat gradient of this rank's part, where it is on the device."""
+        """The flat gradient of this rank's part, if it is on the device."""
         raise NotImplementedError
 
 
 class _Replicated(_Partition):
-    """Stage 0: torch's own parameters and gradients, whole on every data rank."""
+    """Stage 0: plain torch parameters and gradients, whole on every data rank."""
 
     replicates_states = replicates_gradients = True
 
     def __init__(self, engine: Engine):
-        # DeepSpeed refuses stage 0 a backward pass that it does not start itself; without its hooks it is plain torch.
+        # In stage 0 DeepSpeed refuses a backward pass that it does not start itself. So bypass its hooks.
         self.engine, self.optimizer, self.adam, self.forward = engine, engine.optimizer, engine.optimizer, engine.stages
 
     def before_backward(self) -> None:
@@ -309,8 +307,8 @@ class _Replicated(_Partition):
 
 
 class _Bf16Stage1(_Partition):
-    """Stage 1 in bf16, for which DeepSpeed has an optimizer of its own: masters are sharded, gradients are reduced
-    whole, in fp32."""
+    """Stage 1 in bf16, for which DeepSpeed has a separate optimizer: masters are sharded, gradients are reduced whole,
+    in fp32."""
 
     replicates_gradients = True
 
@@ -324,7 +322,7 @@ class _Bf16Stage1(_Partition):
 
 
 class _FlatShards(_Partition):
-    """Stages 1 and 2: the parameters of a group are laid end to end, and each data rank has one stretch of them."""
+    """Stages 1 and 2: the parameters of a group are concatenated, and each data rank has one contiguous part."""
 
     sums_tied_after_reduction = False
 
@@ -334,8 +332,8 @@ class _FlatShards(_Partition):
         self.optimizer.scaled_global_norm = lambda: torch.tensor(engine.gradient_norm())
 
     def before_reduction(self) -> None:
-        """Stage 1 cuts all gradients of a pipeline stage as one: the two ends of the pipeline cut the tied one at
-        different places. Before that each rank still holds it whole."""
+        """Sum the tied gradient while each rank still holds it whole. Stage 1 shards all gradients of a pipeline stage
+        as one tensor, so the first and the last stage would shard the tied one differently."""
         if self.stage == 1 and self.engine.grid.pipeline > 1:
             for name, parameter, _ in self.engine.stages.named_shards():
                 if name == TIED:
@@ -357,7 +355,7 @@ class _FlatShards(_Partition):
 
 
 class _ParameterShards(_Partition):
-    """Stage 3: each parameter by itself is shared among the data ranks."""
+    """Stage 3: each parameter is sharded over the data ranks by itself."""
 
     def __init__(self, engine: Engine, holds_weights: bool):
         super().__init__(engine)
@@ -366,14 +364,16 @@ class _ParameterShards(_Partition):
         groups = self.optimizer.fp16_groups
         self.place_in_group = {parameter: i for group in groups for i, parameter in enumerate(group)}
         if engine.grid.pipeline > 1:
-            _stop_tracing(self.optimizer.parameter_offload.get_param_coordinator())
+            # Fetch each module's weights when it runs, instead of ahead of time in a recorded order.
+            coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+            coordinator.reset_step = coordinator._clean_inflight_param_registry
 
     def begin_step(self) -> None:
         self.optimizer.grad_partitions_flat_buffer.zero_()
-        self.optimizer.micro_step_id = 1  # add to the partitions, never overwrite them
+        self.optimizer.micro_step_id = 1  # add to the partitions, do not overwrite them
         if self.holds_weights:
             for _, parameter, _ in self.engine.stages.named_shards():
-                parameter.ds_active_sub_modules.add("step")  # a user that never ends: what is gathered stays
+                parameter.ds_active_sub_modules.add("step")  # a user that never ends, so gathered weights stay
 
     def masters(self) -> list[Tensor]:
         return self.optimizer.fp32_partitioned_groups_flat
@@ -398,7 +398,7 @@ def _choose_partition(engine: Engine, config: Config) -> _Partition:
 
 
 def _placer(options: dict, config: Config, grid: Grid) -> Callable[[Tensor], nn.Parameter]:
-    """Where a parameter's value is to stay: on the device, and under stage 3 sharded at once."""
+    """A function that moves a parameter's value to its final memory: the device, and under stage 3 sharded at once."""
     if config.parallel.zero < 3:
         return lambda value: nn.Parameter(value.to(grid.device, copy=True))
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
@@ -414,13 +414,8 @@ def _placer(options: dict, config: Config, grid: Grid) -> Callable[[Tensor], nn.
     return place
 
 
-def _stop_tracing(coordinator) -> None:
-    """Fetch each module's weights when it runs, rather than ahead in a recorded order."""
-    coordinator.reset_step = coordinator._clean_inflight_param_registry
-
-
 def _sum_all(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum over a group, in place, in one collective. Ranks outside of the group have nothing to sum."""
+    """Sum tensors over a group, in place, in one collective. Ranks outside the group have no tensors."""
     if not tensors:
         return
     flat = torch.cat(tensors)

@@ -1,11 +1,12 @@
-"""An autoencoder as one safetensors file: fp32 weights, and in its header everything that they mean nothing without.
+"""An autoencoder as one safetensors file: fp32 weights, and a header with everything needed to use them.
 
-Keys of `info`, of which a file may lack any: `teacher` (a name), `revision`, `teacher_sha256`, `tokenizer_sha256`,
-`sae_layer`, `location`, `context` (tokens of a window it was trained on), `source` (format, file and SHA-256 of what
-was converted), `training` (settings), `measured` (numbers by name)."""
+Keys of `info`, all optional: `teacher` (a name), `revision`, `teacher_sha256`, `tokenizer_sha256`, `sae_layer`,
+`location`, `context` (tokens of a training window), `source` (format, file and SHA-256 of the converted file),
+`training` (settings), `measured` (numbers by name)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,17 @@ VERSION = 2
 MAKERS = "Train one with tools/train_sae.py, or convert one with tools/convert_sae.py."
 
 
+@contextmanager
+def writing_out(out: str | Path) -> Iterator[None]:
+    """Turns a failure to write --out, such as a full disk, into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {out} cannot be written: {error}. Free some space and start it again.") from None
+
+
 def save_sae(sae: SAE, path: str | Path, info: Mapping[str, Any]) -> None:
     """Write one safetensors file, whole or not at all."""
-    path = Path(path)
     form = sae.form
     normalization: dict[str, Any] = {"kind": form.normalization}
     if form.normalization == "standardize":
@@ -46,9 +55,9 @@ def save_sae(sae: SAE, path: str | Path, info: Mapping[str, Any]) -> None:
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     """Read a file that `save_sae` wrote, frozen (no gradients), straight onto `device`.
 
-    Raises UserError for a missing file, one that is not safetensors, another format, a newer version, an activation or
-    normalisation that is not computed here, and tensors that are missing, disagree in shape or are not finite. Whether
-    its width, layer and location are those of the teacher at hand is for the caller to compare.
+    Raises UserError for a missing file, a file that is not safetensors, another format or version, an unknown
+    activation or normalisation, and tensors that are missing, disagree in shape or are not finite. The caller has to
+    compare width, layer and location with the teacher's.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,30 +69,25 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}). {MAKERS}") from None
     sae = SAE.from_weights(weights, form, str(path)).requires_grad_(False)
-    sae.info = info
-    sae.sha256 = file_sha256(path)
+    sae.info, sae.sha256 = info, file_sha256(path)
     return sae
 
 
 def _read_header(path: Path, header: Mapping[str, str]) -> tuple[SAEForm, dict[str, Any]]:
-    """The form and `info` from a file's header, once everything in it is something this code computes."""
+    """The form and `info` in a file's header. Raises UserError for a form that this code does not compute."""
     found = header.get("format", "none")
     if found != FORMAT:
         raise UserError(f"{path}: its header names the format '{found}', not '{FORMAT}'. {MAKERS}")
     try:
         if int(header["version"]) != VERSION:
-            raise UserError(
-                f"{path}: version {header['version']} of the format; this code reads version {VERSION}. {MAKERS}"
-            )
+            raise UserError(f"version {header['version']} of the format; this code reads version {VERSION}. {MAKERS}")
         normalization = dict(json.loads(header["normalization"]))
         kind, eps = normalization.pop("kind"), normalization.pop("eps", STANDARDIZE_EPS)
         if normalization not in ({}, {"eps_added_to": "std", "unbiased": True}):
-            raise UserError(f"{path}: normalises with {header['normalization']}, which is not computed here.")
+            raise UserError(f"normalises with {header['normalization']}, which is not computed here.")
         form = SAEForm(header["activation"], json.loads(header["k"]), kind, eps)
         return form, dict(json.loads(header["info"]))
     except UserError as error:
-        raise UserError(
-            *(line if line.startswith(str(path)) else f"{path}: {line}" for line in error.problems)
-        ) from None
+        raise UserError(*(f"{path}: {line}" for line in error.problems)) from None
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: its header is damaged ({error}).") from None

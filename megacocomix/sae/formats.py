@@ -1,12 +1,12 @@
-"""Sparse autoencoders of other projects → ours, and ours → SAELens. Nothing of a pickle is ever run.
+"""Read sparse autoencoders of other projects, and write ours for SAELens. Code inside a pickle is never run.
 
 OpenAI    FILE.pt: pre_bias [D], encoder.weight [C, D], latent_bias [C], decoder.weight [D, C]; TopK with k, inputs
           standardised (v5), or ReLU, inputs as they are (v1, v4)
 SAELens   cfg.json, sae_weights.safetensors: W_enc [D, C], b_enc [C], W_dec [C, D], b_dec [D]; keys of 1.x to 6.x
 sparsify  cfg.json, sae.safetensors: encoder.weight [C, D], encoder.bias [C], W_dec [C, D], b_dec [D]; TopK; the
-          folder is named after the hook
+          folder is named after the module that it reads
 
-What such a file multiplies or shifts in other places is folded into the four weights, to rounding.
+Other scales and shifts in such a file are folded into the four weights, which changes results only by rounding.
 """
 
 import json
@@ -26,7 +26,7 @@ from megacocomix.files import file_sha256, write_aside
 from megacocomix.pickles import load_pickle
 from megacocomix.sae.model import SAE, SAEForm
 
-# TransformerLens' hooks, and the modules of transformers' models, as our locations.
+# Hook points of TransformerLens, and modules of transformers' models → our locations.
 LENS_HOOKS = {
     "hook_resid_post": "resid_post_mlp",
     "hook_resid_mid": "resid_post_attn",
@@ -44,29 +44,27 @@ MODULE_HOOKS = {
 
 @dataclass
 class ExternalSAE:
-    """An autoencoder as it was read, and what its files say about where it belongs (what they don't is absent)."""
+    """An autoencoder from another project, and the parts of `info` (sae/file.py) that its files record."""
 
     sae: SAE
     kind: str
     info: dict[str, Any] = field(default_factory=dict)
 
 
-# What odd values in a foreign file run into; a pickle that wants to run something has been refused before.
-ODD = (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError, RecursionError)
+# What unexpected values in an external file raise. A pickle that would run code has been refused before.
+UNEXPECTED = (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError, RecursionError)
 
 
 def read_external_sae(path: Path) -> ExternalSAE:
-    """Read an autoencoder of any format above, fp32, on the CPU. Raises UserError where it is none, or computes
-    something that ours cannot."""
+    """Read an autoencoder of any format above, fp32, on the CPU. Raises UserError for anything else, and for a
+    computation that ours does not have."""
     try:
         return _read(path)
-    except ODD as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except UNEXPECTED as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} holds something else than it should ({type(error).__name__}: {reason:.120})."
-        ) from None
+        raise UserError(f"{path} holds unexpected values ({type(error).__name__}: {reason:.120}).") from None
 
 
 def _read(path: Path) -> ExternalSAE:
@@ -75,7 +73,7 @@ def _read(path: Path) -> ExternalSAE:
     if (path / "cfg.json").is_file():
         for file, read in (("sae_weights.safetensors", _read_saelens), ("sae.safetensors", _read_sparsify)):
             if (path / file).is_file():
-                found = read(path, _read_json(path / "cfg.json"), _read_tensors(path / file))
+                found = read(path, _read_cfg(path / "cfg.json"), _read_tensors(path / file))
                 found.info["source"] = {"format": found.kind, "file": file, "sha256": file_sha256(path / file)}
                 return found
     inside = sorted(str(cfg.parent) for cfg in path.glob("*/cfg.json")) if path.is_dir() else []
@@ -87,7 +85,7 @@ def _read(path: Path) -> ExternalSAE:
 
 
 def from_openai(state: Mapping[str, Tensor], form: SAEForm, source: str) -> SAE:
-    """Build from OpenAI's layout. Other entries, such as their activation statistics, are ignored."""
+    """Build from OpenAI's state dict. Other entries, such as activation statistics, are ignored."""
     weights = {name.removesuffix(".weight"): weight for name, weight in state.items()}
     if torch.is_tensor(weights.get("decoder")) and weights["decoder"].dim() == 2:
         weights["decoder"] = weights["decoder"].T
@@ -109,7 +107,7 @@ def _read_openai(path: Path) -> ExternalSAE:
     else:
         raise UserError(f"{path}: activation {activation!r} is not computed here. Valid: TopK ReLU.")
     info: dict[str, Any] = {"source": {"format": "openai", "file": path.name, "sha256": file_sha256(path)}}
-    # The published tree: LOCATION[_VERSION]/autoencoders/LAYER.pt. Trained on windows of 64 tokens of GPT-2 small.
+    # The published folders: LOCATION[_VERSION]/autoencoders/LAYER.pt, trained on windows of 64 tokens of GPT-2 small.
     if re.fullmatch(r"\d+", path.stem):
         info["sae_layer"] = int(path.stem)
     if found := re.match(r"(resid_(?:post|delta)_(?:mlp|attn))(_v\d+\w*)?$", path.absolute().parents[1].name):
@@ -145,7 +143,7 @@ def _read_saelens(path: Path, cfg: dict, tensors: dict[str, Tensor]) -> External
         decoder_CD = decoder_CD / norm_C[:, None]
     for key, size in (("d_in", encoder_DC.shape[0]), ("d_sae", encoder_DC.shape[1])):
         if cfg.get(key, size) != size:
-            raise UserError(f"{path}: cfg.json says {key} {cfg[key]}, but W_enc is {list(encoder_DC.shape)}.")
+            raise UserError(f"{path}: cfg.json has {key} {cfg[key]}, but W_enc is {list(encoder_DC.shape)}.")
     subtracts = cfg.get("apply_b_dec_to_input", True)
     if not isinstance(subtracts, bool):
         raise UserError(f"{path}: apply_b_dec_to_input {subtracts!r} is neither true nor false.")
@@ -154,8 +152,7 @@ def _read_saelens(path: Path, cfg: dict, tensors: dict[str, Tensor]) -> External
     normalize = cfg.get("normalize_activations", "none")
     normalize = {True: "expected_average_only_in", False: "none", None: "none"}.get(normalize, normalize)
     kinds = {"layer_norm": "standardize", "constant_norm_rescale": "rescale", "none": "none"}
-    # expected_average_only_in scales by a number that is folded in before the weights are published.
-    kinds["expected_average_only_in"] = "none"
+    kinds["expected_average_only_in"] = "none"  # its scale is folded into the weights before they are published
     if normalize not in kinds:
         raise UserError(f"{path}: normalize_activations {normalize} is not computed here. Valid: {' '.join(kinds)}.")
     is_centered = (about.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights", False)
@@ -189,25 +186,24 @@ def _read_sparsify(path: Path, cfg: dict, tensors: dict[str, Tensor]) -> Externa
 
 
 def _lens_hook(path: Path, name: str | None) -> dict[str, Any]:
-    """Block and location of a TransformerLens hook; what comes into a block is what leaves the one before it."""
+    """Block and location of a TransformerLens hook point. A block's input is the output of the block before."""
     found = re.fullmatch(r"blocks\.(\d+)\.(hook_\w+)", name or "")
     if name and found and found[2] == "hook_resid_pre" and int(found[1]) > 0:
         return {"sae_layer": int(found[1]) - 1, "location": "resid_post_mlp"}
     if name and (not found or found[2] not in LENS_HOOKS):
-        raise UserError(f"{path}: hook {name} is no residual location of a block. Valid: {' '.join(LENS_HOOKS)}.")
+        raise UserError(f"{path}: hook {name} is not a residual location of a block. Valid: {' '.join(LENS_HOOKS)}.")
     return {"sae_layer": int(found[1]), "location": LENS_HOOKS[found[2]]} if found else {}
 
 
 def write_saelens(sae: SAE, folder: Path) -> None:
-    """Write a folder that SAELens 6 loads with `SAE.load_from_disk`, for the same values and reconstructions. Raises
-    UserError for what SAELens has no word for."""
+    """Write a folder that SAELens 6 loads with `SAE.load_from_disk`, with the same values and reconstructions. Raises
+    UserError for an eps that SAELens cannot represent."""
     kinds = {"standardize": "layer_norm", "rescale": "constant_norm_rescale", "none": "none", "center": "none"}
     if sae.form.normalization == "standardize" and sae.form.eps != 1e-5:
         raise UserError(f"SAELens' layer_norm adds 1e-5 to the std; this autoencoder adds {sae.form.eps}.")
-    hooks = {location: hook for hook, location in LENS_HOOKS.items()}
-    hook = hooks.get(sae.info.get("location"))
+    hook = {location: hook for hook, location in LENS_HOOKS.items()}.get(sae.info.get("location"))
     metadata = {
-        "sae_lens_version": "6.16.0",  # whose keys these are
+        "sae_lens_version": "6.16.0",  # the version that defines these keys
         "model_name": sae.info.get("teacher"),
         "hook_name": f"blocks.{sae.info['sae_layer']}.{hook}" if hook and "sae_layer" in sae.info else None,
         "context_size": sae.info.get("context"),
@@ -239,11 +235,11 @@ def _number(values: Mapping[str, Any], key: str, path: Path) -> int:
     value = values.get(key)
     value = value.item() if torch.is_tensor(value) else value
     if type(value) is not int:
-        raise UserError(f"{path}: it does not say its {key}, or not as a whole number.")
+        raise UserError(f"{path}: its {key} is missing or not a whole number.")
     return value
 
 
-def _read_json(file: Path) -> dict:
+def _read_cfg(file: Path) -> dict:
     try:
         return dict(json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError) as error:

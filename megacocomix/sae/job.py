@@ -1,6 +1,7 @@
-"""Train an autoencoder on a teacher: wire teacher, token shards and trainer, measure on held-out windows, save it.
+"""Train an autoencoder on a teacher: open teacher and token shards, train, measure on held-out windows, and save.
 
-Beside FILE: FILE.jsonl, a line each few steps; FILE.resume, from which the same command goes on, until FILE is there.
+Beside FILE there are FILE.jsonl, a line every few steps, and until FILE exists FILE.resume, from which the same command
+resumes.
 """
 
 import json
@@ -24,9 +25,9 @@ from megacocomix.config.schema import Location
 from megacocomix.data.tokenizer import tokenizer_mismatches
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
-from megacocomix.files import write_aside, write_text
+from megacocomix.files import check_absent, write_aside, write_text
 from megacocomix.hub import is_hub_name, local_folder
-from megacocomix.sae.file import save_sae
+from megacocomix.sae.file import save_sae, writing_out
 from megacocomix.sae.measure import measure_sae
 from megacocomix.sae.model import SAE
 from megacocomix.sae.train import SAETrainer, SAETraining, all_reduce, default_aux_k, default_lr, shuffled_batches
@@ -35,11 +36,11 @@ from megacocomix.teacher.load import load_teacher, teacher_tokenizer
 from megacocomix.teacher.model import Teacher
 
 TOKENS_PER_FORWARD = 4096
-# What the autoencoder is measured on: enough that a latent in use is seldom called dead by chance.
+# Tokens to measure on: enough that a latent in use is seldom called dead by chance.
 HELD_OUT_TOKENS = 2**17
-# Without --valid, this share of the windows is kept out of training.
+# Without --valid, this share of the windows is held out of training.
 HELD_OUT_SHARE = 0.05
-# Of the 10 M tokens of Gao et al.; a shorter run needs its dead latents sooner.
+# The 10 M tokens of Gao et al. A shorter run declares latents dead sooner.
 DEAD_AFTER_TOKENS = 10_000_000
 LOG_EVERY = 10
 MOST_BATCH_ROWS = 2**24
@@ -47,7 +48,7 @@ MOST_BATCH_ROWS = 2**24
 
 @dataclass(frozen=True)
 class SAEJob:
-    """What `tools/train_sae.py` was asked for; its --help says what each means."""
+    """The options of `tools/train_sae.py`; its --help explains them."""
 
     teacher: str
     data: str
@@ -76,17 +77,15 @@ class SAEJob:
 
 
 class SAERun:
-    """One process's part of a job, alone or as one of `world` ranks: opened, then `train`, then `finish` on rank 0.
+    """One process's part of a job, alone or as one of `world` ranks. Create it, call `train`, then `finish` on rank 0.
 
-    Opening goes on from FILE.resume where there is one. It raises UserError for anything that does not fit; an existing
-    FILE is never overwritten. No rank may begin to train before all have opened.
+    Creation loads FILE.resume if it exists, and raises UserError for a mismatch of the inputs and for an existing FILE,
+    which is never overwritten. No rank may begin to train before all have been created.
     """
 
     def __init__(self, job: SAEJob, device: torch.device, rank: int = 0, world: int = 1):
         self.job, self.device, self.rank, self.world = job, device, rank, world
-        out = Path(job.out)
-        if out.exists():
-            raise UserError(f"--out {out} exists already: choose another name or delete it.")
+        check_absent(job.out)
         if job.batch_rows % world:
             nearest = max(1, round(job.batch_rows / world)) * world
             raise UserError(
@@ -94,19 +93,20 @@ class SAERun:
             )
         if job.save_every < 1:
             raise UserError(f"--save-every {job.save_every} must be at least 1.")
-        local_folder(job.teacher, download=True)  # ranks that ask at once wait for the first one's download
+        local_folder(job.teacher, download=True)  # of several ranks one downloads, the others wait
         if rank == 0 and job.log.exists() and not job.resume.exists():
-            print(f"{job.log} is of a run that left nothing to go on from: it begins again", flush=True)
+            print(f"{job.log} is of a run without {job.resume}: training starts again", flush=True)
         self.teacher = load_teacher(job.teacher, job.layer, job.location, device)
         self.train_windows, self.positions, self.valid_windows, self.valid_positions = _split(job, self.teacher)
-        _check_tokenizer(job, self.teacher, self.train_windows)
+        theirs, data = teacher_tokenizer(job.teacher), self.train_windows.shards.tokenizer_sha256
+        holders = (f"--teacher {job.teacher}", theirs and theirs.sha256), (f"--data {job.data}", data)
+        if problems := tokenizer_mismatches(*holders):
+            raise UserError(*problems)
         settings = _choose_settings(job, self.teacher)
         if rank == 0:
-            _say(job, self.teacher, settings)
-            try:
-                out.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"--out {out}: its folder cannot be made ({error.strerror}).") from None
+            _print_settings(job, self.teacher, settings)
+            with writing_out(job.out):
+                Path(job.out).parent.mkdir(parents=True, exist_ok=True)
         if job.batch_rows > MOST_BATCH_ROWS:
             raise UserError(
                 f"--batch-rows {job.batch_rows} is more than a batch can be. Nearest valid: {MOST_BATCH_ROWS}."
@@ -128,19 +128,18 @@ class SAERun:
             self.trainer.load_state(_read_resume(job.resume, self.identity))
 
     def train(self) -> bool:
-        """Train to the last step, or to a signal, which all ranks agree on. Returns whether it was the last step."""
+        """Train until the last step, or until a signal to any rank. Returns whether the last step was reached."""
         steps = self.trainer.settings.steps
         if all_reduce(torch.tensor(self.trainer.num_steps)) != self.world * self.trainer.num_steps:
             raise UserError(
-                f"{self.job.resume} is not seen by all processes: put --out on a file system that all share."
+                f"{self.job.resume} is not visible to all processes: put --out on a file system that all share."
             )
         if self.rank == 0 and self.job.log.exists():
-            _forget_after(self.job.log, self.trainer.num_steps)
-        log = open(self.job.log if self.rank == 0 else os.devnull, "a")  # noqa: SIM115
+            _drop_lines_after(self.job.log, self.trainer.num_steps)
         try:
             with (
                 StopSignal() as stop,
-                log,
+                open(self.job.log if self.rank == 0 else os.devnull, "a") as log,
                 tqdm(total=steps, initial=self.trainer.num_steps, unit="step", disable=self.rank > 0) as bar,
             ):
                 rows = self._rows()
@@ -148,10 +147,10 @@ class SAERun:
                     rows_ND, problem = _next(rows)
                     num_stopped, num_bad = all_reduce(torch.tensor([bool(stop), problem is not None]).int()).tolist()
                     if num_bad:
-                        raise problem or UserError()  # said by the rank that knows
+                        raise problem or UserError()  # the failing rank reports the problem; the others exit quietly
                     if num_stopped:
                         if self.rank == 0 and self.trainer.num_steps and not self._save():
-                            raise UserError(f"{self.job.resume} could not be written: what was trained since is lost.")
+                            raise UserError(f"{self.job.resume} could not be written: later steps are lost.")
                         return False
                     if self.trainer.num_steps == 0:
                         self.trainer.begin(rows_ND)
@@ -166,8 +165,8 @@ class SAERun:
             raise UserError(f"{self.job.log} cannot be written ({error.strerror or error}): free some space.") from None
 
     def finish(self) -> dict[str, float]:
-        """Measure on held-out windows, write FILE, and return what was measured. For rank 0, by itself. Raises
-        UserError where FILE cannot be written; the same command then measures again."""
+        """Measure on held-out windows, write FILE, and return the measurements. Call it on rank 0 only. Raises
+        UserError if FILE cannot be written; the same command then only measures again."""
         job, teacher, settings = self.job, self.teacher, self.trainer.settings
         held_out = list(_token_batches(self.valid_windows, self.valid_positions, teacher, self.device))
         print(f"measuring on {sum(map(torch.Tensor.numel, held_out)):,} held-out tokens", flush=True)
@@ -189,22 +188,18 @@ class SAERun:
             "training": asdict(settings) | {"processes": self.world},
             "measured": measured,
         }
-        try:
+        with writing_out(job.out):
             save_sae(sae, job.out, info)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"--out {job.out} cannot be written: {error}. Free some space and start it again."
-            ) from None
         job.resume.unlink(missing_ok=True)
         return measured
 
     def _rows(self) -> Iterator[Tensor]:
-        """This rank's part of each batch, from the next step on."""
+        """This rank's part of each batch, beginning with the next step."""
         settings = self.trainer.settings
         num_rows = settings.batch_rows // self.world
 
         def read_block(block: int) -> Tensor:
-            """Windows one after the other over the ranks and the blocks."""
+            """Windows are assigned in order to block 0 of rank 0, block 0 of rank 1, …, block 1 of rank 0, …."""
             num_windows = math.ceil(settings.block_batches * num_rows / self.teacher.context)
             first = (block * self.world + self.rank) * num_windows
             positions = (self.positions[i % len(self.positions)] for i in range(first, first + num_windows))
@@ -216,7 +211,7 @@ class SAERun:
         return shuffled_batches(read_block, num_rows, settings.block_batches, seed, self.trainer.num_steps)
 
     def _save(self) -> bool:
-        """Write FILE.resume; returns whether it could be. A disk that is full costs this save, not the run."""
+        """Write FILE.resume. Returns whether that worked: a full disk must not end the run."""
         path = self.job.resume
         try:
             with write_aside(path) as aside:
@@ -228,36 +223,25 @@ class SAERun:
 
 
 def _split(job: SAEJob, teacher: Teacher) -> tuple[TokenDataset, range, TokenDataset, range]:
-    """Training windows and held-out windows, each as a data set and the positions to read from it."""
+    """Training windows and held-out windows, each as a dataset and the positions to read from it."""
     train = _open_windows(job.data, teacher, job.seed)
     wanted = math.ceil(HELD_OUT_TOKENS / teacher.context)
     if job.valid:
         valid = _open_windows(job.valid, teacher, None)
         return train, range(train.num_windows), valid, range(min(wanted, valid.num_windows))
-    # The first epoch's order is random, so its last windows are a sample of the data; training repeats the others.
+    # The first epoch's order is random, so its last windows are a sample of the data. Training repeats the others.
     num_held_out = min(wanted, max(1, int(HELD_OUT_SHARE * train.num_windows)))
-    cut = train.num_windows - num_held_out
-    if cut == 0:
-        raise UserError(
-            f"--data {job.data} holds one window of {teacher.context} tokens: nothing is left to measure on."
-        )
-    return train, range(cut), train, range(cut, train.num_windows)
+    num_train = train.num_windows - num_held_out
+    if num_train == 0:
+        raise UserError(f"--data {job.data} holds one window of {teacher.context} tokens: none is left to measure on.")
+    return train, range(num_train), train, range(num_train, train.num_windows)
 
 
 def _open_windows(path: str, teacher: Teacher, seed: int | None) -> TokenDataset:
-    """Windows of the teacher's context, of ids that the teacher knows."""
     shards = TokenShards.open(path)
     if shards.vocab_size is not None and shards.vocab_size > teacher.vocab_size:
         raise UserError(f"{path} has a vocabulary of {shards.vocab_size}, but the teacher's is {teacher.vocab_size}.")
     return TokenDataset(shards, teacher.context, seed)
-
-
-def _check_tokenizer(job: SAEJob, teacher: Teacher, train: TokenDataset) -> None:
-    theirs, data = teacher_tokenizer(job.teacher), train.shards.tokenizer_sha256
-    if problems := tokenizer_mismatches(
-        (f"--teacher {job.teacher}", theirs and theirs.sha256), (f"--data {job.data}", data)
-    ):
-        raise UserError(*problems)
 
 
 def _choose_settings(job: SAEJob, teacher: Teacher) -> SAETraining:
@@ -276,17 +260,15 @@ def _choose_settings(job: SAEJob, teacher: Teacher) -> SAETraining:
     )
 
 
-def _say(job: SAEJob, teacher: Teacher, settings: SAETraining) -> None:
-    """Everything that was not asked for is said aloud."""
-    resampled = (
-        f"every {settings.resample_every} steps the dead start again" if settings.resample_every else "none do again"
-    )
+def _print_settings(job: SAEJob, teacher: Teacher, settings: SAETraining) -> None:
+    """Print the settings, also those that no option sets."""
+    resampled = f"reset every {settings.resample_every} steps" if settings.resample_every else "never reset"
     print(
         f"{settings.latents:,} latents, {settings.k} kept, on {job.location} of block {job.layer} "
         f"(width {teacher.width}), {settings.steps * settings.batch_rows:,} tokens in windows of {teacher.context}\n"
         f"lr {settings.lr:.2g} after {settings.warmup_steps} steps; a latent is dead after "
-        f"{settings.dead_after_tokens:,} silent tokens; {settings.aux_k} dead latents a token learn from the error; "
-        f"{resampled}",
+        f"{settings.dead_after_tokens:,} tokens without activity; {settings.aux_k} dead latents a token learn from the "
+        f"error; dead latents are {resampled}",
         flush=True,
     )
 
@@ -294,7 +276,7 @@ def _say(job: SAEJob, teacher: Teacher, settings: SAETraining) -> None:
 def _token_batches(
     dataset: TokenDataset, positions: Iterable[int], teacher: Teacher, device: torch.device
 ) -> Iterator[Tensor]:
-    """Windows int64 [B, T] for one teacher forward at a time."""
+    """Windows int64 [B, T], as many as one forward pass of the teacher reads."""
     positions = iter(positions)
     while chunk := list(islice(positions, max(1, TOKENS_PER_FORWARD // dataset.context))):
         tokens = dataset.batch(chunk)
@@ -303,7 +285,7 @@ def _token_batches(
 
 
 def _next(rows: Iterator[Tensor]) -> tuple[Tensor | None, UserError | None]:
-    """The next rows, or why there are none: the other ranks have to be told before this one may leave."""
+    """The next rows, or the error that prevents them: the other ranks must learn of it before this one exits."""
     try:
         return next(rows), None
     except UserError as error:
@@ -318,12 +300,11 @@ def _log(record: dict[str, Any], log: TextIO, bar: tqdm) -> None:
     bar.set_postfix_str(f"FVU {record['fvu']:.3f} L0 {record['l0']:.1f} dead {record['dead_fraction']:.1%}")
 
 
-def _forget_after(log: Path, num_steps: int) -> None:
-    """Take out the lines of steps that are done again."""
-    lines = [
-        line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= num_steps
-    ]
-    write_text(log, "".join(f"{line}\n" for line in lines))
+def _drop_lines_after(log: Path, num_steps: int) -> None:
+    """Remove the lines of steps that will be repeated."""
+    lines = log.read_text().splitlines()
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= num_steps]
+    write_text(log, "".join(f"{line}\n" for line in kept))
 
 
 def _read_resume(path: Path, identity: dict) -> dict[str, Tensor]:
@@ -338,16 +319,16 @@ def _read_resume(path: Path, identity: dict) -> dict[str, Tensor]:
     ]
     if changed:
         raise UserError(
-            f"{path} was begun otherwise ({'; '.join(changed)}): ask for the same, or delete it to begin again."
+            f"{path} was begun with other settings ({'; '.join(changed)}): use the same, or delete it to begin again."
         )
     return tensors
 
 
 @torch.no_grad()
 def _teacher_losses(teacher: Teacher, sae: SAE, batches: list[Tensor]) -> dict[str, float]:
-    """Next-token loss of the teacher as it is, and with the residual replaced by its reconstruction and by zeros.
+    """Next-token loss of the unchanged teacher, and with the residual replaced by its reconstruction and by zeros.
 
-    `loss_recovered` is the share of what zeros destroy that the reconstruction keeps.
+    `loss_recovered` is 1 if the reconstruction costs no loss, and 0 if it costs as much as zeros.
     """
     sums = dict.fromkeys(("loss", "loss_reconstructed", "loss_zeroed"), 0.0)
     for tokens_BT in batches:
@@ -369,7 +350,7 @@ PANELS = (
 
 
 def plot_sae_training(log: Path, out: Path) -> None:
-    """Draw FILE.jsonl of tools/train_sae.py as a PNG of three panels; nothing where it holds no record (any more)."""
+    """Draw FILE.jsonl of tools/train_sae.py as a PNG of three panels. Draws nothing if there are no records."""
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not records:
         return

@@ -1,4 +1,4 @@
-"""How well an autoencoder explains rows of a residual that it was not trained on."""
+"""Measure how well an autoencoder explains rows of a residual that it was not trained on."""
 
 import math
 from collections.abc import Iterable
@@ -14,22 +14,21 @@ from megacocomix.sae.model import SAE
 
 @dataclass(frozen=True)
 class SAEReport:
-    """What `measure_sae` found on held-out rows."""
+    """Measurements on held-out rows."""
 
     fvu: float
-    """Fraction of variance unexplained of the residual itself; rows of huge norm (first tokens) decide it."""
+    """Fraction of variance unexplained, of the residual itself. Rows of huge norm (first tokens) dominate it."""
     fvu_standardized: float
-    """The same with each row standardised, so that rows count alike: what our training minimises; quote this."""
+    """The same with each row standardised, so that all rows count alike. Training minimises this one; quote it."""
     l0: float
     """Mean number of active latents (value > 0) per row."""
     dead_fraction: float
-    """Share of latents that were active on none of the rows. Few rows overstate it."""
+    """Share of latents that were active on none of the rows. It is too high if there are few rows."""
     num_rows: int
-    """Rows it was measured on."""
 
 
 class _RunningFVU:
-    """Fraction of variance unexplained over a stream, in fp64: the residual's mean is far from zero."""
+    """Fraction of variance unexplained over a stream of rows. In fp64, because the residual's mean is far from zero."""
 
     def __init__(self):
         self.num_rows, self.total, self.squares, self.error = 0, 0.0, 0.0, 0.0
@@ -48,7 +47,7 @@ class _RunningFVU:
 
 @torch.no_grad()
 def measure_sae(sae: SAE, activations: Iterable[Tensor]) -> SAEReport:
-    """Measure on held-out rows [any, D] on the autoencoder's device. Raises UserError when there are none."""
+    """Measure on held-out rows [any, D] on the autoencoder's device. Raises UserError if there are none."""
     raw, standardized = _RunningFVU(), _RunningFVU()
     num_active = 0
     fired_C = torch.zeros(sae.num_latents, dtype=torch.bool, device=sae.decoder.device)

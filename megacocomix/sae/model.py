@@ -1,16 +1,16 @@
 """The sparse autoencoder that turns a teacher's residual into a few concepts.
 
-One form holds every kind that is read here; what differs is a value, not a class:
+One class computes every supported kind of autoencoder; `SAEForm` holds the differences:
 
     xn    = normalize(x)                              none | center | standardize | rescale, by row
     pre   = encoder (xn - pre_bias) + latent_bias     C numbers
     value = ReLU of the K largest of pre (topk)       K numbers and their indices; the other latents are zero
-            or of all that are positive (relu)        K is then the largest number of them in a row
+            or of all positive ones (relu)            K is then the largest count of positive ones in a row
     x_hat = (sum of value * decoder[index] + pre_bias) * scale + mean
 
 Shapes: N rows, D width of the teacher, C latents, K latents kept per row.
 
-Nothing here is ever dense in C except the pre-activations, and those only for a slice of the rows at a time.
+Only the pre-activations are dense in C, and only for a chunk of the rows at a time.
 """
 
 from collections.abc import Callable
@@ -27,40 +27,40 @@ from megacocomix.model.concept import STANDARDIZE_EPS, standardize
 Activation = Literal["topk", "relu"]
 Normalization = Literal["standardize", "center", "rescale", "none"]
 
-# Most pre-activations held at once: 128 MiB in fp32, which is 1,024 rows of 32,768 latents.
+# Largest number of pre-activations in memory at once: 128 MiB in fp32, or 1,024 rows of 32,768 latents.
 MAX_PRE_ACTIVATIONS = 2**25
 
 
 @dataclass(frozen=True)
 class SAEForm:
-    """What an autoencoder computes with its weights. Raises one UserError with everything that it cannot be."""
+    """What an autoencoder computes with its weights. Raises one UserError with every impossible value."""
 
     activation: Activation = "topk"
     k: int | None = None
-    """Latents kept per row, of topk."""
+    """Latents kept per row; for topk only."""
     normalization: Normalization = "standardize"
-    """standardize: mean removed, divided by the unbiased std (OpenAI's TopK, SAELens' layer_norm). center: mean removed
-    (TransformerLens' centred weights, seen from plain ones). rescale: times √D / norm (SAELens' constant_norm_rescale).
-    none."""
+    """standardize: remove the mean, divide by the unbiased std (OpenAI's TopK, SAELens' layer_norm). center: remove the
+    mean (what TransformerLens' centred weights do to the residual). rescale: multiply by √D / norm (SAELens'
+    constant_norm_rescale). none."""
     eps: float = STANDARDIZE_EPS
-    """Added to the std, not under its root."""
+    """Added to the std, not to the variance under the root."""
 
     def __post_init__(self):
         problems: list[str] = []
-        for name, valid in (("activation", get_args(Activation)), ("normalization", get_args(Normalization))):
-            if getattr(self, name) not in valid:
-                problems.append(
-                    f"{name} {getattr(self, name)!r} cannot be computed.{nearest(str(getattr(self, name)), valid)}"
-                )
+        for name, kind in (("activation", Activation), ("normalization", Normalization)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                problems.append(f"{name} {value!r} cannot be computed.{nearest(str(value), get_args(kind))}")
         if self.k is not None and type(self.k) is not int:
             problems.append(f"k is {self.k!r}; it must be a whole number.")
         if (self.activation == "topk") != (self.k is not None):
-            problems.append(f"k is {self.k}; it belongs to the activation topk, this is {self.activation}.")
+            problems.append(
+                f"k is {self.k}; it belongs to the activation topk, but the activation is {self.activation}."
+            )
         if problems:
             raise UserError(*problems)
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """[..., D] -> (normed [..., D], mean and scale that undo it, [..., 1] or numbers), fp32."""
+        """[..., D] -> normed [..., D], and the mean and scale that undo it ([..., 1] or numbers); all fp32."""
         if self.normalization == "standardize":
             return standardize(x, self.eps)
         x = x.float()
@@ -76,11 +76,11 @@ class SAEForm:
 class SAE(nn.Module):
     """Sparse autoencoder. Its parameters start at zero.
 
-    `pre_bias` [D], `encoder` [C, D], `latent_bias` [C] and `decoder` [C, D], fp32. The decoder has a row for
-    each latent, the transpose of OpenAI's `decoder.weight`, because whoever uses it gathers whole directions.
+    The parameters are `pre_bias` [D], `encoder` [C, D], `latent_bias` [C] and `decoder` [C, D], fp32. The decoder has a
+    row for each latent (the transpose of OpenAI's `decoder.weight`), because callers gather whole directions.
 
-    `info` is what its file says about where it comes from: sae_file.py lists the keys. Raises UserError when `form.k`
-    does not fit `num_latents`.
+    `info` is what its file records about its origin; sae/file.py lists the keys. Raises UserError if `form.k` does not
+    fit `num_latents`.
     """
 
     def __init__(self, width: int, num_latents: int, form: SAEForm):
@@ -108,21 +108,21 @@ class SAE(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [..., D], any float type -> `index` int64 and `value` fp32, both [..., K], largest first.
 
-        A latent with value 0 was among the K largest without being positive: it is not active.
+        A latent with value 0 is among the K largest but not positive: it is not active.
         """
         return self.encode_normalized(self.form.normalize(x)[0])
 
     def encode_normalized(
         self, normed: Tensor, edit: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`encode` for rows [..., D] that are already normalised; `edit` changes their pre-activations [rows, C] before
-        the largest are kept."""
+        """`encode` for rows [..., D] that are already normalised. `edit` changes their pre-activations [rows, C] before
+        the largest are chosen."""
         chunk_rows = max(1, MAX_PRE_ACTIVATIONS // self.num_latents)
         values, indices = [], []
         for normed_ND in normed.reshape(-1, self.width).split(chunk_rows):
             pre_NC = F.linear(normed_ND - self.pre_bias, self.encoder, self.latent_bias)
             pre_NC = edit(pre_NC) if edit else pre_NC
-            # Of relu a row keeps as many as its neighbour with the most: the others are zeros.
+            # With relu, every row of a chunk keeps as many latents as the row with the most; the surplus is zeros.
             k = self.form.k or max(1, int((pre_NC > 0).sum(-1).max()))
             value_NK, index_NK = pre_NC.topk(k, dim=-1)
             values.append(value_NK.relu())
@@ -135,24 +135,20 @@ class SAE(nn.Module):
     def decode(self, index: Tensor, value: Tensor) -> Tensor:
         """`index` int64 and `value` [..., any K] -> reconstruction [..., D] in the normalised space."""
         num_kept = index.shape[-1]
-        sum_ND = F.embedding_bag(
-            index.reshape(-1, num_kept),
-            self.decoder,
-            per_sample_weights=value.reshape(-1, num_kept),
-            mode="sum",
-        )
+        weights_NK = value.reshape(-1, num_kept)
+        sum_ND = F.embedding_bag(index.reshape(-1, num_kept), self.decoder, per_sample_weights=weights_NK, mode="sum")
         return sum_ND.reshape(*index.shape[:-1], self.width) + self.pre_bias
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Residual [..., D] -> what the K latents keep of it, same shape, type and scale."""
+        """Residual [..., D] -> its reconstruction from the K latents, of the same shape, dtype and scale."""
         normed, mean, scale = self.form.normalize(x)
         x_hat = self.decode(*self.encode_normalized(normed)) * scale + mean
         return x_hat.to(x.dtype)
 
     @classmethod
     def from_weights(cls, weights: dict[str, Tensor], form: SAEForm, source: str) -> "SAE":
-        """Adopt the four tensors themselves, as fp32: where they are fp32, no second copy exists at any moment. Raises
-        UserError for tensors that are missing, disagree in shape, or hold something that is not a number."""
+        """Build from the four tensors, as fp32. Tensors that are fp32 already are used as they are, never copied.
+        Raises UserError for tensors that are missing, disagree in shape, or hold values that are not finite numbers."""
         names = ("pre_bias", "encoder", "latent_bias", "decoder")
         if missing := [name for name in names if name not in weights]:
             raise UserError(f"{source}: tensors missing: {' '.join(missing)}.")
@@ -166,8 +162,7 @@ class SAE(nn.Module):
         if 0 in shapes["encoder"] or not all(weights[name].is_floating_point() for name in names):
             raise UserError(f"{source}: its tensors are empty, or hold no real numbers.")
         bad = {name: int((~weights[name].isfinite()).sum()) for name in names}
-        if any(bad.values()):
-            where = ", ".join(f"{count} of {name}" for name, count in bad.items() if count)
+        if where := ", ".join(f"{count} of {name}" for name, count in bad.items() if count):
             raise UserError(f"{source}: holds values that are not finite ({where}): get the file again.")
         with torch.device("meta"):
             sae = cls(width, num_latents, form)

@@ -1,15 +1,15 @@
-"""Training a TopK autoencoder on rows of a teacher's residual, on one process or on several that share each batch.
+"""Train a TopK autoencoder on rows of a teacher's residual, in one process or in several that share each batch.
 
-The recipe is that of Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093),
-section 2 and appendix A. What is unusual in it:
+The method is that of Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), section 2 and
+appendix A. Its unusual parts:
 
-- the loss is a ratio, the fraction of variance unexplained (FVU): 1 means "no better than the mean row";
-- decoder rows keep unit norm: the part of their gradient that would only lengthen them is removed before a
-  step, else it would fill Adam's moments; the drift that is left is divided out after the step;
-- latents that have not been active for a while get a loss of their own (AuxK), else they never would be
-  again: they have to reconstruct what the active ones missed;
-- those that stay dead all the same start again, now and then, as the direction of a row that is badly explained
-  (Bricken et al. 2023, "Towards Monosemanticity", appendix on resampling).
+- The loss is a ratio, the fraction of variance unexplained (FVU): 1 means "no better than the mean row".
+- Decoder rows keep unit norm. The part of their gradient that would only lengthen them is removed before a step,
+  because it would fill Adam's moments. The drift that remains is divided out after the step.
+- Latents that have not been active for a while are dead. They get a loss of their own (AuxK), because otherwise they
+  would stay dead: they have to reconstruct the error of the active latents.
+- Latents that stay dead are reset from time to time to the direction of a badly explained row (Bricken et al. 2023,
+  "Towards Monosemanticity", appendix on resampling).
 
 Shapes: N rows of a batch on this rank, D width, C latents, K latents kept per row.
 """
@@ -33,10 +33,10 @@ from megacocomix.sae.model import SAE, SAEForm
 def shuffled_batches(
     read_block: Callable[[int], Tensor], batch_rows: int, block_batches: int, seed: int, start: int = 0
 ) -> Iterator[Tensor]:
-    """Batches [batch_rows, D] from the one of step `start` on, for ever.
+    """An endless stream of batches [batch_rows, D], beginning with the batch of step `start`.
 
-    `read_block(i)` gives block i, [block_batches × batch_rows, D]: neighbouring rows come from one text and are alike,
-    so the rows of a block are dealt to its batches at random. Every row comes out once."""
+    `read_block(i)` returns block i, [block_batches × batch_rows, D]. Neighbouring rows come from one text and are
+    alike, so the rows of a block are distributed to its batches at random. Every row is used once."""
     block, skip = divmod(start, block_batches)
     while True:
         rows = read_block(block)
@@ -48,20 +48,20 @@ def shuffled_batches(
 
 
 def seeded(*parts: object) -> torch.Generator:
-    """A CPU generator that depends on these parts alone."""
+    """A CPU generator whose seed depends only on `parts`."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 GRADIENT_CLIP = 1.0
-# The value of Gao et al.: Adam's usual 1e-8 would swallow the tiny gradients of latents that are seldom kept.
+# The value of Gao et al. Adam's usual 1e-8 would dwarf the tiny gradients of latents that are seldom kept.
 ADAM_EPS = 6.25e-10
 DECAY_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
 class SAETraining:
-    """One training run; a token is a row. Raises one UserError with every impossible value."""
+    """Settings of a training run; each row is a token. Raises one UserError with every impossible value."""
 
     latents: int
     """C."""
@@ -70,23 +70,23 @@ class SAETraining:
     steps: int
     """Optimizer steps."""
     batch_rows: int
-    """Rows of a step, over all ranks."""
+    """Rows of a step, summed over all ranks."""
     lr: float
-    """Largest learning rate; `default_lr` gives the usual one for C."""
+    """Largest learning rate; `default_lr` computes the usual one for C."""
     warmup_steps: int
     """Steps of linear warm-up. The last fifth of all steps decays linearly to zero."""
     aux_k: int
-    """Dead latents that reconstruct the error of a row; `default_aux_k` gives the usual number for D."""
+    """Dead latents that reconstruct the error of a row; `default_aux_k` computes the usual number for D."""
     dead_after_tokens: int
-    """A latent is dead when it was not active on this many consecutive tokens."""
+    """A latent is dead if it was not active on this many consecutive tokens."""
     resample_every: int
-    """Steps after which latents that are dead start again, until the learning rate decays; 0 means never."""
+    """Steps between resets of dead latents, until the learning rate decays; 0 means never."""
     seed: int = 0
-    """Of the initial directions, of the shuffling and of the resampling."""
+    """Seeds the initial directions, the shuffling and the resampling."""
     aux_coefficient: float = 1 / 32
-    """Weight of the dead latents' loss; 0 lets them die."""
+    """Weight of the dead latents' loss; 0 turns it off."""
     block_batches: int = 16
-    """Rows are dealt at random to this many batches, so that a batch mixes many windows."""
+    """Rows are shuffled over this many batches, so that a batch mixes many windows."""
 
     def __post_init__(self):
         least = {
@@ -96,7 +96,7 @@ class SAETraining:
         problems = [
             f"{name} is {getattr(self, name)}; it must be at least {bound}."
             for name, bound in least.items()
-            if not getattr(self, name) >= bound  # written so that nan is refused too
+            if not getattr(self, name) >= bound  # "not >=" also refuses nan
         ]
         if self.k > self.latents:
             problems.append(f"k is {self.k}; it must not exceed the number of latents, {self.latents}.")
@@ -107,19 +107,19 @@ class SAETraining:
 
 
 def default_lr(num_latents: int) -> float:
-    """2e-4 at 16,384 latents, falling with the root of their number (the scaling law of Gao et al.)."""
+    """2e-4 at 16,384 latents, times the inverse square root of their number (the scaling law of Gao et al.)."""
     return 2e-4 / math.sqrt(num_latents / 2**14)
 
 
 def default_aux_k(width: int) -> int:
-    """About half the width, as a power of two (as Gao et al.): 512 for GPT-2's 768."""
+    """About half the width, as a power of two (Gao et al.): 512 for GPT-2's 768."""
     return 2 ** round(math.log2(max(2, width) / 2))
 
 
 class SAETrainer:
-    """An autoencoder in training: `step` per batch, `state` to go on later. On several ranks each brings its part of a
-    batch, and all hold the same weights; results then depend on the number of ranks by rounding, and by which rows are
-    shuffled together."""
+    """An autoencoder in training: call `step` for each batch, and save `state` to resume later. With several ranks,
+    each passes its part of a batch and all hold the same weights. The number of ranks changes rounding, and which rows
+    are shuffled together."""
 
     def __init__(self, settings: SAETraining, width: int, device: torch.device | str = "cpu"):
         self.settings = settings
@@ -130,10 +130,10 @@ class SAETrainer:
 
     @torch.no_grad()
     def begin(self, rows_ND: Tensor) -> None:
-        """Random unit directions, read and written alike (encoder = decoder), around the mean of some rows.
+        """Initialise with random unit directions (encoder = decoder) around the mean of some rows.
 
-        The arithmetic mean will do where Gao et al. take the geometric median: standardised rows have one norm,
-        so there are no outliers to guard against.
+        Gao et al. use the geometric median. The arithmetic mean is enough here: standardised rows all have the same
+        norm, so there are no outliers.
         """
         sae = self.sae
         directions = torch.empty(sae.decoder.shape).normal_(generator=seeded(self.settings.seed, "directions"))
@@ -143,8 +143,8 @@ class SAETrainer:
 
     def step(self, rows_ND: Tensor) -> dict[str, Any]:
         """One optimizer step on this rank's part of a batch. Returns `step, tokens, fvu, aux_fvu, l0, dead_fraction,
-        resampled, lr, grad_norm`, of the whole batch; numbers that a device still computes are tensors. Raises
-        UserError when a gradient is not finite."""
+        resampled, lr, grad_norm` of the whole batch; values on the device stay tensors. Raises UserError if a gradient
+        is not finite."""
         settings, sae = self.settings, self.sae
         normed_ND = standardize(rows_ND)[0]
         index_NK, value_NK = sae.encode_normalized(normed_ND)
@@ -192,21 +192,20 @@ class SAETrainer:
         }
 
     def dead(self) -> Tensor:
-        """Ids of the latents that were not active for `dead_after_tokens`, int64."""
+        """Ids of the dead latents, int64."""
         return (self.silent_tokens_C >= self.settings.dead_after_tokens).nonzero().squeeze(1)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, besides settings and rows."""
+        """Everything that the next step depends on, except settings and rows."""
         tensors = {"silent_tokens": self.silent_tokens_C, "num_steps": torch.tensor(self.num_steps)}
         for name, parameter in self.sae.named_parameters():
             tensors[name] = parameter.detach()
-            moments = self.optimizer.state.get(parameter) or {}
-            tensors |= {f"{name}.{moment}": value for moment, value in moments.items()}
+            tensors |= {f"{name}.{key}": value for key, value in self.optimizer.state.get(parameter, {}).items()}
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Resume from tensors that `state` returned."""
         self.silent_tokens_C.copy_(tensors["silent_tokens"])
         self.num_steps = int(tensors["num_steps"])
         for name, parameter in self.sae.named_parameters():
@@ -217,8 +216,8 @@ class SAETrainer:
 
     @torch.no_grad()
     def _resample(self, dead: Tensor, error_ND: Tensor) -> int:
-        """Dead latents become directions of errors of rank 0's rows, drawn in proportion to their squares, as strong as
-        the average living latent. Returns how many."""
+        """Reset dead latents to the error directions of some of rank 0's rows, with the encoder norm and bias of the
+        average living latent. Rows are drawn in proportion to their squared error. Returns the number of resets."""
         num = min(len(dead), len(error_ND))
         if num == 0 or len(dead) == self.settings.latents:
             return 0
@@ -241,22 +240,21 @@ class SAETrainer:
             parameter[dead] = value
             moments = self.optimizer.state[parameter]
             moments["exp_avg"][dead] = 0
-            # Not 0 too: Adam's correction of young moments is long over, and the first steps would be three times too
-            # wide.
+            # Not 0: Adam's bias correction no longer acts, so the first steps would be three times too large.
             moments["exp_avg_sq"][dead] = moments["exp_avg_sq"][is_alive_C].mean(0)
         self.silent_tokens_C[dead] = 0
         return num
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """The learning rate of 0-based `step` over the largest: up, flat, down to zero over the last fifth."""
+    """The learning rate of 0-based `step` divided by the largest: it rises, stays, and falls to 0 in the last fifth."""
     up = (step + 1) / max(1, warmup_steps)
     down = (steps - step) / (DECAY_FRACTION * steps)
     return min(1.0, up, down)
 
 
 def all_reduce(tensor: Tensor) -> Tensor:
-    """Its sum over the ranks, in place."""
+    """Sum over the ranks, in place."""
     if _world() > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -271,34 +269,34 @@ def _mean_row(rows_ND: Tensor) -> Tensor:
 
 
 def fraction_unexplained(prediction_ND: Tensor, target_ND: Tensor) -> Tensor:
-    """Squared error over the target's variance around its mean row, a scalar: 0 is perfect, 1 is the mean. On several
-    ranks it is this rank's part of it: the parts, and their gradients, add up."""
+    """Squared error divided by the target's variance around its mean row, a scalar: 0 is perfect, 1 is no better than
+    the mean. With several ranks it is this rank's summand; the gradients add up too."""
     variance = all_reduce((target_ND - _mean_row(target_ND)).square().sum())
     error = (prediction_ND - target_ND).square().sum()
     return error / variance.clamp_min(torch.finfo(variance.dtype).tiny)
 
 
 def auxiliary_loss(sae: SAE, normed_ND: Tensor, x_hat_ND: Tensor, dead: Tensor, aux_k: int) -> Tensor:
-    """AuxK: how badly the best `aux_k` of the `dead` latents (int64 ids) explain the rows' error, a scalar.
+    """AuxK: the fraction of the rows' error that the best `aux_k` of the `dead` latents (int64 ids) leave unexplained.
 
-    `x_hat_ND` comes detached: the active latents are not to be bent until their errors please the dead.
+    `x_hat_ND` must be detached: this loss must not change the active latents.
     """
     if len(dead) == 0:
         return normed_ND.new_zeros(())
     pre_NC = F.linear(normed_ND - sae.pre_bias, sae.encoder[dead], sae.latent_bias[dead])
     value, position = pre_NC.topk(min(aux_k, len(dead)), dim=-1)
     error_ND = normed_ND - x_hat_ND
-    # decode() adds pre_bias, which the error does not contain.
+    # decode() adds pre_bias, which is not part of the error.
     return fraction_unexplained(sae.decode(dead[position], value.relu()) - sae.pre_bias, error_ND)
 
 
 @torch.no_grad()
 def remove_parallel_gradient(rows: Tensor) -> None:
-    """Remove from each row's gradient what is parallel to the row, which is of unit norm; in place."""
+    """Remove from each row's gradient the part parallel to the row, which has unit norm; in place."""
     rows.grad -= (rows.grad * rows).sum(1, keepdim=True) * rows
 
 
 @torch.no_grad()
 def normalize_rows(rows: Tensor) -> None:
-    """Bring each row to unit norm; in place."""
+    """Scale each row to unit norm; in place."""
     rows.copy_(F.normalize(rows, dim=1))

@@ -1,9 +1,10 @@
-"""Labels that were computed once: a folder of shards, each holding the label ids of a run of windows.
+"""A cache of labels: a folder of shards, each with the label ids of consecutive windows.
 
-`manifest.json` says what the labels are of: hashes of data, teacher and autoencoder, the settings, the window length. A
-window is known by its place in the data, so one cache serves every seed, order, layout and size of student that reads
-windows of this length. A shard is the ids, uint16 where all fit, [windows, T, K_attr], and the SHA-256 of these bytes.
-It appears whole or not at all, so whatever has its name is complete, and a cache that lacks shards is usable."""
+`manifest.json` records the origin of the labels: hashes of data, teacher and autoencoder, the settings, and the window
+length. A window is identified by its position in the data, so one cache serves every seed, order, layout and size of
+student with windows of this length. A shard holds the ids [windows, T, K_attr], uint16 if all fit, and the SHA-256 of
+these bytes. A shard is written whole or not at all, so a file with a shard's name is complete. A cache without all of
+its shards can be used."""
 
 import fcntl
 import hashlib
@@ -25,14 +26,13 @@ from megacocomix.model.losses import MASKED
 FORMAT, VERSION = "megacocomix-labels", 2
 MANIFEST = "manifest.json"
 DIGEST_BYTES = 32
-# What a kill can cost: some seconds of labelling on a GPU; on a CPU minutes, or with a large teacher and much text
-# more.
-SMALLEST_SHARD, LARGEST_SHARD = 2**16, 2**20  # in tokens
+# In tokens. Killing a process loses the work on one shard: seconds on a GPU, minutes or more on a CPU.
+SMALLEST_SHARD, LARGEST_SHARD = 2**16, 2**20
 
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """What a cache holds, or will hold."""
+    """The origin and layout of a cache's labels."""
 
     data: str
     """Fingerprint of the token shards."""
@@ -49,11 +49,11 @@ class CacheManifest:
     """Windows of a shard; the last may have fewer."""
     num_concepts: int
     precision: str
-    """What the teacher computed in. Said, not compared: it decides only between concepts that score alike."""
+    """The teacher's precision. It is recorded, not compared: it only reorders concepts with almost equal scores."""
     teacher_context: int
-    """Most tokens that the teacher reads."""
+    """The largest number of tokens that the teacher reads."""
     flops_per_token: float
-    """What labelling cost."""
+    """The cost of labelling."""
 
     @property
     def num_labels(self) -> int:
@@ -62,7 +62,7 @@ class CacheManifest:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of a shard's ids; its largest value stands for MASKED."""
+        """dtype of a shard's ids; its largest value stands for MASKED."""
         return np.dtype("<u2" if self.num_concepts < 2**16 else "<u4")
 
     @property
@@ -80,25 +80,20 @@ class CacheManifest:
         return range(shard * self.shard_windows, min((shard + 1) * self.shard_windows, self.num_windows))
 
     def mismatches(self, folder: Path, other: "CacheManifest") -> Iterator[str]:
-        """A line for everything in which `other`, what is wanted here, is not what this cache in `folder` was made
-        of."""
+        """Yields an error line for each difference between this cache, in `folder`, and the wanted one, `other`."""
         for name, what in (("data", "data.train"), ("teacher", "teacher.model"), ("sae", "teacher.sae")):
             there, here = getattr(self, name), getattr(other, name)
             if there != here:
-                yield (
-                    f"label cache {folder} is stale: {what} had the hash {there[:16]}… there, and has "
-                    f"{here[:16]}… here."
-                )
+                yield f"label cache {folder} is stale: {what} had the hash {there[:16]}…, now it has {here[:16]}…."
         there = {**self.settings, "window": self.context, "concepts": self.num_concepts}
         here = {**other.settings, "window": other.context, "concepts": other.num_concepts}
         changed = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
         if changed:
-            hashes = [
-                hashlib.sha256(json.dumps(each, sort_keys=True).encode()).hexdigest()[:16] for each in (there, here)
-            ]
+            dumps = (json.dumps(each, sort_keys=True).encode() for each in (there, here))
+            was, now = (hashlib.sha256(dump).hexdigest()[:16] for dump in dumps)
             yield (
-                f"label cache {folder} is stale: the settings had the hash {hashes[0]}… there, and have "
-                f"{hashes[1]}… here: {'; '.join(changed)}."
+                f"label cache {folder} is stale: the settings had the hash {was}…, now they have {now}…: "
+                f"{'; '.join(changed)}."
             )
 
 
@@ -109,8 +104,8 @@ def default_shard_windows(num_windows: int, context: int) -> int:
 
 
 class LabelCache:
-    """The complete shards of a cache. No file is kept open: a large cache has more shards than a process may. Raises
-    UserError for a folder that is no cache, or a shard of another size than its manifest says."""
+    """Reads the complete shards of a cache. It keeps no file open, because a large cache has more shards than a process
+    may open. Raises UserError for a folder that is no cache, and for a shard whose size is wrong."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -118,20 +113,23 @@ class LabelCache:
         files = {int(file.stem.removeprefix("labels-")) for file in self.folder.glob("labels-?????*.bin")}
         self._held = files & set(range(self.manifest.num_shards))
         for shard in self._held:
-            self._check_size(shard)
+            file = shard_file(self.folder, shard)
+            expected = len(self.manifest.windows(shard)) * self.manifest.window_bytes + DIGEST_BYTES
+            if (found := file.stat().st_size) != expected:
+                raise UserError(f"{file} is damaged: {found} bytes, expected {expected}. Delete it and label it again.")
 
     @property
     def num_held(self) -> int:
-        """Windows whose labels are there."""
+        """Number of windows with labels."""
         return sum(len(self.manifest.windows(shard)) for shard in self._held)
 
     @property
     def is_complete(self) -> bool:
-        """Whether all windows are there."""
+        """Whether all windows have labels."""
         return self.num_held == self.manifest.num_windows
 
     def read(self, window: int) -> np.ndarray | None:
-        """Labels of a window, int64 [T, K_attr], or None where the cache does not hold them."""
+        """Labels of a window, int64 [T, K_attr], or None if the cache does not have them."""
         manifest = self.manifest
         shard, row = divmod(window, manifest.shard_windows)
         if shard not in self._held:
@@ -141,33 +139,25 @@ class LabelCache:
             ids = np.frombuffer(file.read(manifest.window_bytes), manifest.dtype)
         is_masked, labels = ids == np.iinfo(ids.dtype).max, ids.astype(np.int64)
         if ids.size != manifest.context * manifest.num_labels or (labels[~is_masked] >= manifest.num_concepts).any():
-            raise UserError(
-                f"{shard_file(self.folder, shard)} is damaged: label it again with tools/label_concepts.py."
-            )
+            raise UserError(f"{file.name} is damaged: label it again with tools/label_concepts.py.")
         labels[is_masked] = MASKED
         return labels.reshape(manifest.context, manifest.num_labels)
 
-    def _check_size(self, shard: int) -> None:
-        file = shard_file(self.folder, shard)
-        expected = len(self.manifest.windows(shard)) * self.manifest.window_bytes + DIGEST_BYTES
-        if (found := file.stat().st_size) != expected:
-            raise UserError(f"{file} is damaged: {found} bytes, expected {expected}. Delete it and label it again.")
-
 
 def shard_file(folder: Path, shard: int) -> Path:
-    """Where a shard is, once it is complete."""
+    """The path of a complete shard."""
     return folder / f"labels-{shard:05d}.bin"
 
 
 def read_manifest(folder: Path) -> CacheManifest:
-    """Raises UserError where the folder has none that this version reads."""
+    """Raises UserError if the folder has no manifest that this version reads."""
     file = folder / MANIFEST
     if not file.is_file():
         raise UserError(f"{folder} is no label cache: it holds no {MANIFEST}. Make one with tools/label_concepts.py.")
     try:
         values = json.loads(file.read_bytes())
         found = values.pop("format"), values.pop("version")
-        if found == (FORMAT, 1):  # what is now called a chunk was a piece
+        if found == (FORMAT, 1):  # version 1 called a chunk a piece
             found, values["settings"]["chunk"] = (FORMAT, VERSION), values["settings"].pop("piece")
         if found != (FORMAT, VERSION):
             raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {FORMAT} version {VERSION}.")
@@ -176,15 +166,15 @@ def read_manifest(folder: Path) -> CacheManifest:
         if any(type(size) is not int or size < 1 for size in sizes):
             raise ValueError
         return manifest
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is damaged: label the data again.") from None
 
 
 def start_cache(folder: Path, manifest: CacheManifest) -> CacheManifest:
-    """Make the folder a cache of this manifest, or check that it is one; returns the manifest that is there. Several
-    processes may do so at once. Raises UserError where it is a cache of something else, or holds other files."""
+    """Make the folder a cache with this manifest, or check that it is one. Returns the manifest in the folder. Several
+    processes may call this at once. Raises UserError if the cache has another origin, or the folder other files."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -200,9 +190,9 @@ def start_cache(folder: Path, manifest: CacheManifest) -> CacheManifest:
 
 @contextmanager
 def claim_shard(folder: Path, shard: int, verify: bool = False) -> Iterator[Callable[[np.ndarray], None] | None]:
-    """Within it no other process writes this shard. Yields what writes its labels, int64 [windows, T, K_attr], for
-    good; None where the shard is there already (with `verify`: and sound), or another process is at it. A claim ends
-    with its process, however it ends."""
+    """A context in which no other process writes this shard. Yields a function that writes its labels, int64 [windows,
+    T, K_attr]. Yields None if the shard exists already (with `verify`: and is sound), or another process is writing it.
+    A claim ends with its process, even if the process is killed."""
     file, aside = shard_file(folder, shard), folder / f"labels-{shard:05d}.part"
     manifest = read_manifest(folder)
 
@@ -220,7 +210,7 @@ def claim_shard(folder: Path, shard: int, verify: bool = False) -> Iterator[Call
             return
 
         def is_locked() -> bool:
-            """Whether it is this file that the lock is of: the process that had it may have renamed it meanwhile."""
+            """Whether the lock is on the file at `aside`: its former holder may have renamed the file meanwhile."""
             return aside.exists() and os.path.samestat(os.fstat(stream.fileno()), aside.stat())
 
         def write(labels: np.ndarray) -> None:
@@ -239,6 +229,6 @@ def claim_shard(folder: Path, shard: int, verify: bool = False) -> Iterator[Call
 
 
 def is_sound(folder: Path, shard: int) -> bool:
-    """Whether a shard is what was written: its bytes give the SHA-256 at its end."""
+    """Whether a shard's bytes match the SHA-256 at its end."""
     content = memoryview(shard_file(folder, shard).read_bytes())
     return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]

@@ -1,8 +1,7 @@
-"""Concept labels of token windows, from the live teacher. Labels are data: int64 [B, T, K_attr], or MASKED where there
-is no signal."""
+"""Concept labels of token windows, from the live teacher: int64 [B, T, K_attr], MASKED at positions without labels."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,14 +18,14 @@ from megacocomix.teacher.attribution import score, select_labels
 from megacocomix.teacher.load import load_teacher, teacher_tokenizer
 from megacocomix.teacher.model import Teacher
 
-# Tokens of one forward pass of the teacher: enough to keep a device busy, few enough that the graph above the cut is
-# small.
+# Tokens of one forward pass of the teacher: enough to keep a device busy, and few enough to keep the graph above the
+# hook point small.
 FORWARD_TOKENS = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """Everything besides data, teacher and autoencoder that decides which labels a window gets."""
+    """Everything that determines a window's labels, except data, teacher and autoencoder."""
 
     num_labels: int
     source: LabelSource
@@ -35,16 +34,12 @@ class LabelSettings:
     masked_token: int | None
     """Positions with this token are not labelled: the end of text, or None."""
     chunk: int
-    """Tokens that are labelled together: the window, or the teacher's context where that is shorter."""
+    """Tokens that are labelled together: the window, or the teacher's context if that is shorter."""
     seed: int | None
-    """Of random labels."""
+    """Seed of random labels."""
     sae_layer: int
     location: Location
-    """Where the autoencoder reads, which its file may not say."""
-
-    def as_dict(self) -> dict:
-        """The same as JSON holds it."""
-        return asdict(self)
+    """The hook point, because the autoencoder's file may not record it."""
 
 
 class ConceptLabeler:
@@ -54,16 +49,18 @@ class ConceptLabeler:
         self.teacher, self.sae, self.settings = teacher, sae.requires_grad_(False), settings
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
-        """int64 [B, T] → int64 [B, T, K_attr] on the same device, whatever else is in the batch."""
+        """int64 [B, T] → int64 [B, T, K_attr] on the same device. A window's labels do not depend on the others."""
         labels_BTk = in_chunks(tokens_BT, self.settings.chunk, self._label)
         if self.settings.masked_token is not None:
             labels_BTk[tokens_BT == self.settings.masked_token] = MASKED
         return labels_BTk
 
     def flops_per_token(self) -> float:
-        """FLOPs a token of labelling, counted as in model/flops.py: attribution takes a forward pass, and a backward
-        pass above the cut that stops at activations, which costs a linear layer once more and attention twice; the
-        other sources take the forward pass below the cut. Then encoding, and K scores."""
+        """FLOPs of labelling a token, counted as in model/flops.py.
+
+        Attribution takes a forward pass, and a backward pass above the hook point for activations only, which costs a
+        linear layer once more and attention twice. The other sources take the forward pass below the hook point. All
+        take the encoding, and attribution also K scores."""
         teacher, sae = self.teacher, self.sae
         linear, attention = 2 * teacher.num_block_weights, attention_flops(teacher.width, self.settings.chunk)
         encoding = 2 * sae.width * sae.num_latents
@@ -82,8 +79,8 @@ class ConceptLabeler:
 
 
 def in_chunks(tokens_BT: Tensor, chunk: int, read: Callable[[Tensor], Tensor]) -> Tensor:
-    """`read` of windows [G, T or less] → [G, T or less, …], over windows of which each `chunk` tokens are read by
-    themselves, a few windows at a time: [B, T, …]."""
+    """Apply `read`, [G, T or less] → [G, T or less, …], to each `chunk` tokens of the windows separately, a few windows
+    at a time. Returns [B, T, …]."""
     chunks = [_in_groups(chunk_BT, read) for chunk_BT in tokens_BT.split(chunk, dim=1)]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
@@ -92,23 +89,23 @@ def _in_groups(tokens_BT: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
     group = max(1, FORWARD_TOKENS[tokens_BT.device.type] // tokens_BT.shape[1])
     found = []
     for rows_GT in tokens_BT.split(group):
-        # Always as many windows: libraries choose their kernels by shape, and another kernel rounds otherwise, which
-        # turns the order of two concepts that score alike.
+        # Always the same number of windows: libraries choose kernels by shape, and another kernel rounds differently,
+        # which can swap two concepts with almost equal scores.
         full_GT = torch.cat([rows_GT, rows_GT[:1].expand(group - len(rows_GT), -1)])
         found.append(read(full_GT)[: len(rows_GT)])
     return torch.cat(found)
 
 
 def teacher_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """What the teacher computes in on this device."""
+    """The dtype in which the teacher computes on this device."""
     precision = config.teacher.precision or ("bf16" if torch.device(device).type == "cuda" else "fp32")
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def open_teacher(config: Config, device: torch.device) -> Teacher:
-    """The teacher of a config. Raises one UserError with everything in which it and the student do not fit."""
+    """The teacher of a config. Raises one UserError with every mismatch of teacher and student."""
     options, method = config.teacher, config.method
-    # Where only its last state is read, any cut does.
+    # If only the teacher's outputs are read, the hook point does not matter.
     layer, location = options.sae_layer, options.location
     if not (method.learns_concepts or method.learns_hidden):
         layer, location = 0, "resid_post_mlp"
@@ -120,8 +117,8 @@ def open_teacher(config: Config, device: torch.device) -> Teacher:
 
 
 def open_labeler(config: Config, device: torch.device, eot_id: int) -> ConceptLabeler:
-    """Teacher and autoencoder of a config. Raises one UserError with everything in which the two, the tokenizer, or the
-    student do not fit."""
+    """Teacher and autoencoder of a config. Raises one UserError with every mismatch of the two, the tokenizer and the
+    student."""
     options = config.teacher
     teacher = load_teacher(options.model, options.sae_layer, options.location, device, teacher_dtype(config, device))
     sae = load_sae(options.sae, device)
@@ -136,7 +133,7 @@ def open_labeler(config: Config, device: torch.device, eot_id: int) -> ConceptLa
 
 
 def label_settings(config: Config, teacher_context: int, eot_id: int) -> LabelSettings:
-    """The settings of a config."""
+    """The label settings of a config."""
     method = config.method
     return LabelSettings(
         num_labels=method.num_labels,
@@ -188,20 +185,20 @@ def _teacher_mismatches(config: Config, teacher: Teacher):
 
 
 def context_mismatches(config: Config, teacher_context: int) -> Iterator[str]:
-    """A line where windows are longer than the teacher reads, and are not to be cut."""
+    """Yields an error line if windows are longer than the teacher's context and teacher.windowed is off."""
     if config.model.context > teacher_context and not config.teacher.windowed:
         yield (
             f"model.context is {config.model.context}, but the teacher reads {teacher_context} tokens. Nearest valid: "
-            f"{teacher_context}, or teacher.windowed=true to label each {teacher_context} tokens by themselves."
+            f"{teacher_context}, or teacher.windowed=true to label each {teacher_context} tokens separately."
         )
 
 
 def _tokenizer_problems(config: Config, sae: SAE | None = None):
-    """What a teacher knows of a token means nothing for another token of the same id."""
+    """With another tokenizer, the student's token ids mean other tokens to the teacher."""
     try:
         student = load_tokenizer(config.data.tokenizer)
     except UserError:
-        return  # said by whoever opens the data
+        return  # reported when the data is opened
     theirs = teacher_tokenizer(config.teacher.model)
     holders = [(f"teacher.model {config.teacher.model}", theirs and theirs.sha256)]
     if sae:

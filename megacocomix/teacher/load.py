@@ -1,10 +1,10 @@
-"""A teacher from a folder: GPT-2 of Hugging Face or a run of ours on our own modules, any other Hugging Face causal LM
-whose blocks can be listed on transformers' modules."""
+"""Load a teacher from a folder. GPT-2 of Hugging Face and our own runs use our modules. Any other Hugging Face causal
+LM uses transformers' modules, if its blocks can be listed."""
 
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megacocomix.checkpoint.detect import detect
 from megacocomix.checkpoint.external.hf import hf_model_type
@@ -13,8 +13,7 @@ from megacocomix.config.schema import Location
 from megacocomix.data.tokenizer import Tokenizer, load_tokenizer
 from megacocomix.errors import UserError
 from megacocomix.hub import local_folder
-from megacocomix.model.gpt2 import GPT2
-from megacocomix.teacher.model import Teacher, TeacherModel
+from megacocomix.teacher.model import Teacher, TeacherModel, gpt2_teacher
 
 
 def load_teacher(
@@ -24,9 +23,8 @@ def load_teacher(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Teacher:
-    """The teacher in the folder `path`, cut at a block. Raises UserError for a folder without a model, a student with
-    concepts (its residual stream changes length half-way), a layer that it does not have, or a location that its blocks
-    have not got."""
+    """The teacher in the folder `path`, with a hook point. Raises UserError for a folder without a model, a student
+    with concepts (its residual stream changes length between blocks), and a layer or location that does not exist."""
     try:
         return Teacher(load_teacher_model(path, device, dtype), layer, location)
     except UserError as error:
@@ -38,7 +36,7 @@ def load_teacher(
 def load_teacher_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> TeacherModel:
-    """The model of a teacher, not yet cut. Raises UserError, also for weights that are not finite."""
+    """A teacher's model, without a hook point. Raises UserError, also for weights that are not finite."""
     path = local_folder(path)
     kind, found = detect(path)
     if kind == "hf" and hf_model_type(found) not in ("gpt2", "cocomix"):
@@ -55,22 +53,9 @@ def _check_finite(model: nn.Module, path: Path) -> None:
         raise UserError(f"teacher {path} holds weights that are not finite: get it again.")
 
 
-def gpt2_teacher(model: GPT2, sha256: str = "") -> TeacherModel:
-    """A model of ours as a teacher; it is frozen."""
-    model.eval().requires_grad_(False)
-
-    def body(tokens_BT: Tensor) -> Tensor:
-        x_BTD = model.embed(tokens_BT)
-        for block in model.blocks.values():
-            x_BTD = block(x_BTD)
-        return model.norm(x_BTD)
-
-    return TeacherModel(body, model.head, list(model.blocks.values()), len(model.embed.positions.weight), sha256)
-
-
 def teacher_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer that a teacher's folder carries, or that its run was configured with; None where it has none, or
-    where the file that its run names is gone."""
+    """The tokenizer in a teacher's folder, or of its run's config. None if there is none, or if the file named in the
+    config does not exist any more."""
     spec = model_tokenizer(local_folder(path))
     return load_tokenizer(spec) if spec and (spec == "gpt2" or Path(spec).exists()) else None
 
@@ -81,11 +66,11 @@ def _load_hf(path: Path, device: str | torch.device, dtype: torch.dtype) -> Teac
     if not list(path.glob("*.safetensors")):
         raise UserError(f"teacher {path} holds no .safetensors file: save it with save_pretrained.")
     try:
-        # A folder's own Python is never run, and nobody is asked whether it may be.
+        # Python code in the folder is never run, and transformers must not ask whether it may run it.
         lm = AutoModelForCausalLM.from_pretrained(
             path, local_files_only=True, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers raises whatever its parsers do
+    except Exception as error:  # transformers raises anything that its parsers raise
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"teacher {path} cannot be loaded by transformers: {reason:.200}") from None
     lm.eval().requires_grad_(False).to(device)
@@ -100,15 +85,15 @@ def _load_hf(path: Path, device: str | torch.device, dtype: torch.dtype) -> Teac
         probe = torch.arange(4, device=head.weight.device)[None]
         logits, expected = head(body(probe)), lm(input_ids=probe, use_cache=False).logits
     if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
-        raise UserError(f"teacher {path} is a {type(lm).__name__}, which does more to its logits than its head does.")
+        raise UserError(f"teacher {path} is a {type(lm).__name__}, which changes its logits after its head.")
     context = getattr(config, "max_position_embeddings", None)
     if not context:
-        raise UserError(f"teacher {path} does not say how many tokens it reads: set max_position_embeddings.")
+        raise UserError(f"teacher {path} does not record how many tokens it reads: set max_position_embeddings.")
     return TeacherModel(body, head, blocks, context, weights_sha256(path))
 
 
 def _list_blocks(model: nn.Module, num_blocks: int) -> list[nn.Module] | None:
-    """The one list of as many modules of one kind as the config says there are blocks."""
+    """The only ModuleList of `num_blocks` modules of one class; None if there are none or several."""
     lists = [
         list(module)
         for module in model.modules()

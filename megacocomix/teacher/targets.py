@@ -1,11 +1,11 @@
-"""Everything a student learns from its teacher, as data that travels with the batch: labels, hidden states, and what
-the teacher's head reads. The teacher itself is never a part of the student's module tree.
+"""Teacher targets: labels, hidden states, and the outputs that the teacher's head reads. They are tensors that travel
+with the batch. The teacher is never a part of the student's module tree.
 
-N windows of T tokens; M of them get a vector (model/concept.py); E width of the teacher.
+N windows of T tokens; M of the tokens get a concept vector (model/concept.py); E width of the teacher.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,14 +35,14 @@ from megacocomix.teacher.model import Teacher
 
 @dataclass(frozen=True)
 class ConceptLabels:
-    """Labels of training windows. At least one of the two is there; without a labeler the cache is complete."""
+    """Labels of training windows, from a cache, a labeler, or both. Without a labeler the cache is complete."""
 
     labeler: ConceptLabeler | None
     cache: LabelCache | None
     teacher_sha256: str
     sae_sha256: str
     live_flops: float
-    """FLOPs a token of labelling live, also where the cache makes it unnecessary."""
+    """FLOPs of labelling a token live, even if a cache makes that unnecessary."""
 
     @property
     def live_share(self) -> float:
@@ -50,7 +50,7 @@ class ConceptLabels:
         return 1 - self.cache.num_held / self.cache.manifest.num_windows if self.cache else 1.0
 
     def __call__(self, windows: Sequence[int], tokens_NT: Tensor) -> Tensor:
-        """Labels of these windows of the data, whose tokens are int64 [N, T]: int64 [N, T, K_attr] on their device."""
+        """Labels of these windows of the data, int64 [N, T, K_attr], on the device of their tokens, int64 [N, T]."""
         if not self.cache:
             return self.labeler(tokens_NT)
         found = [self.cache.read(window) for window in windows]
@@ -62,34 +62,39 @@ class ConceptLabels:
 
 
 def open_labels(config: Config, device: torch.device, eot_id: int, train: TokenDataset) -> ConceptLabels:
-    """The labels that a config asks for. Raises UserError for a teacher or an autoencoder that does not fit, and for a
-    cache that was made of something else; each line says of what."""
-    if config.teacher.labels == "live":
-        return _live(open_labeler(config, device, eot_id), None)
-    cache = LabelCache(config.teacher.labels)
-    there = cache.manifest
-    if not cache.is_complete:
+    """The labels that a config asks for. Raises UserError for a teacher or an autoencoder that does not match, and for
+    a cache of other inputs; each error line names one mismatch."""
+    cache = None if config.teacher.labels == "live" else LabelCache(config.teacher.labels)
+    if cache is None or not cache.is_complete:
         labeler = open_labeler(config, device, eot_id)
-        _check(cache, wanted_cache(config, labeler, train))
-        return _live(labeler, cache)
-    # Labels of the same teacher and autoencoder: neither is loaded.
-    teacher, sae = weights_sha256(local_folder(config.teacher.model)), file_sha256(config.teacher.sae)
-    settings = label_settings(config, there.teacher_context, eot_id).as_dict()
-    of_here = {"data": train.shards.fingerprint, "teacher": teacher, "sae": sae, "settings": settings}
-    sizes = {"context": train.context, "num_windows": train.num_windows, "num_concepts": config.method.num_concepts}
-    _check(cache, CacheManifest(**{**vars(there), **of_here, **sizes}))
-    if problems := list(context_mismatches(config, there.teacher_context)):
+        if cache:
+            _check(cache, wanted_cache(config, labeler, train))
+        return ConceptLabels(labeler, cache, labeler.teacher.sha256, labeler.sae.sha256, labeler.flops_per_token())
+    # A complete cache: teacher and autoencoder are not loaded, only their hashes are compared.
+    found = cache.manifest
+    wanted = replace(
+        found,
+        data=train.shards.fingerprint,
+        teacher=weights_sha256(local_folder(config.teacher.model)),
+        sae=file_sha256(config.teacher.sae),
+        settings=asdict(label_settings(config, found.teacher_context, eot_id)),
+        context=train.context,
+        num_windows=train.num_windows,
+        num_concepts=config.method.num_concepts,
+    )
+    _check(cache, wanted)
+    if problems := list(context_mismatches(config, found.teacher_context)):
         raise UserError(*problems)
-    return ConceptLabels(None, cache, teacher, sae, there.flops_per_token)
+    return ConceptLabels(None, cache, wanted.teacher, wanted.sae, found.flops_per_token)
 
 
 def wanted_cache(config: Config, labeler: ConceptLabeler, train: TokenDataset) -> CacheManifest:
-    """The cache of all windows of a run's training data, as its labeler would make it."""
+    """The manifest of a cache of all training windows of a run, made by its labeler."""
     return CacheManifest(
         data=train.shards.fingerprint,
         teacher=labeler.teacher.sha256,
         sae=labeler.sae.sha256,
-        settings=labeler.settings.as_dict(),
+        settings=asdict(labeler.settings),
         context=train.context,
         num_windows=train.num_windows,
         shard_windows=default_shard_windows(train.num_windows, train.context),
@@ -101,7 +106,7 @@ def wanted_cache(config: Config, labeler: ConceptLabeler, train: TokenDataset) -
 
 
 def describe_labels(config: Config, labels: ConceptLabels, student_flops: float, num_windows: int) -> str:
-    """One line: which of live and cached is used, and what each costs."""
+    """One line: whether labels are live or cached, and what each costs."""
     context, per_label = config.model.context, 2 if config.method.num_concepts < 2**16 else 4
     live = f"{labels.live_flops / 1e6:.1f} MFLOP a token, {labels.live_flops / student_flops:.0%} of the student's step"
     size = _size(num_windows * context * config.method.num_labels * per_label)
@@ -125,30 +130,26 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes} bytes"
 
 
-def _live(labeler: ConceptLabeler, cache: LabelCache | None) -> ConceptLabels:
-    return ConceptLabels(labeler, cache, labeler.teacher.sha256, labeler.sae.sha256, labeler.flops_per_token())
-
-
 def _check(cache: LabelCache, wanted: CacheManifest) -> None:
     if problems := list(cache.manifest.mismatches(cache.folder, wanted)):
         raise UserError(*problems)
 
 
 class TeacherTargets(NamedTuple):
-    """What the student learns of some windows from its teacher; None where the method does not ask for it."""
+    """Teacher targets of some windows; None for those that the method does not use."""
 
     labels_NMk: Tensor | None = None
-    """int64: concept labels."""
+    """Concept labels, int64."""
     hidden_NME: Tensor | None = None
-    """fp32: the hidden state at sae_layer with mean 0 and standard deviation 1, so that no position outweighs others by
-    its length."""
+    """The hidden state at sae_layer, fp32. It has mean 0 and standard deviation 1, so that no position outweighs others
+    by its norm."""
     outputs_NTE: Tensor | None = None
-    """In the teacher's dtype: what its head reads."""
+    """The hidden state that the teacher's head reads, in the teacher's dtype."""
 
 
 @dataclass(frozen=True)
 class TargetSource:
-    """Where a config's teacher targets come from. At least one of labels and teacher is there."""
+    """Makes a config's teacher targets. At least one of labels and teacher is given."""
 
     method: MethodConfig
     context: int
@@ -169,7 +170,7 @@ class TargetSource:
         return TeacherTargets(labels, hidden, outputs)
 
     def zeros(self, tokens_NT: Tensor) -> TeacherTargets:
-        """Targets of this shape, all zero."""
+        """Targets of the same shapes, all zero."""
         num_windows, num_tokens = tokens_NT.shape
         num_slots, method = num_tokens // self._every, self.method
         labels = hidden = outputs = None
@@ -184,13 +185,13 @@ class TargetSource:
 
     @property
     def vocab_size(self) -> int | None:
-        """Size of the teacher's vocabulary; None where only cached labels are read."""
+        """Size of the teacher's vocabulary; None if only cached labels are read."""
         teacher = self.teacher or (self.labels.labeler and self.labels.labeler.teacher)
         return teacher.vocab_size if teacher else None
 
     @property
     def head(self) -> FrozenHead | None:
-        """The teacher's head, where the student learns its distribution."""
+        """The teacher's head; None if the student does not learn the teacher's distribution."""
         if not self.method.distills:
             return None
         head = self.teacher.model.head
@@ -198,18 +199,14 @@ class TargetSource:
 
     @property
     def flops(self) -> float:
-        """FLOPs a token that the teacher costs live, averaged over the windows; counted as in model/flops.py."""
-        return self.labelling_flops + self.reading_flops
-
-    @property
-    def labelling_flops(self) -> float:
-        """Those of the labels."""
-        return self.labels.live_flops * self.labels.live_share if self.labels else 0.0
+        """FLOPs of the live teacher for a token, averaged over the windows; counted as in model/flops.py."""
+        labelling = self.labels.live_flops * self.labels.live_share if self.labels else 0.0
+        return labelling + self.reading_flops
 
     @property
     def reading_flops(self) -> float:
-        """Those of hidden states and distributions. The head is run in the forward and in the backward pass of the
-        divergence."""
+        """The part of `flops` for hidden states and distributions. The head runs in the forward and in the backward
+        pass of the divergence."""
         total = 0.0
         if self.teacher:
             block = 2 * self.teacher.num_block_weights + attention_flops(self.teacher.width, self._chunk)
@@ -219,7 +216,7 @@ class TargetSource:
         return total
 
     def identity(self) -> dict[str, str]:
-        """Hashes of what the targets come from."""
+        """Hashes of teacher and autoencoder."""
         if not self.labels:
             return {"teacher.model": self.teacher.sha256}
         return {"teacher.model": self.labels.teacher_sha256, "teacher.sae": self.labels.sae_sha256}
@@ -234,29 +231,29 @@ class TargetSource:
 
 
 def open_targets(config: Config, device: torch.device, eot_id: int, train: TokenDataset) -> TargetSource | None:
-    """What a config's student learns from its teacher; None where that is nothing. Raises UserError."""
+    """The teacher targets of a config; None if the method has no teacher. Raises UserError."""
     method = config.method
     if not method.has_teacher:
         return None
     labels = open_labels(config, device, eot_id, train) if method.learns_concepts else None
     teacher = None
     if method.learns_hidden or method.distills:
-        # One that labels live is there already.
+        # The labeler has a teacher already.
         labeler = labels.labeler if labels else None
         teacher = labeler.teacher if labeler else open_teacher(config, device)
     return TargetSource(method, config.model.context, labels, teacher)
 
 
 def describe_targets(config: Config, source: TargetSource, student_flops: float, num_windows: int) -> str:
-    """What is learned from the teacher and what that costs, a line each."""
+    """A line for labels, and a line for the other targets: their kind and cost."""
     lines = []
     if source.labels:
         lines.append(describe_labels(config, source.labels, student_flops, num_windows))
     if source.teacher:
-        what = ["its hidden state"] * source.method.learns_hidden + ["its distribution"] * source.method.distills
+        kinds = ["its hidden state"] * source.method.learns_hidden + ["its distribution"] * source.method.distills
         flops = source.reading_flops
         lines.append(
-            f"teacher: {' and '.join(what)} live, {flops / 1e6:.1f} MFLOP a token, {flops / student_flops:.0%} of the "
+            f"teacher: {' and '.join(kinds)} live, {flops / 1e6:.1f} MFLOP a token, {flops / student_flops:.0%} of the "
             "student's step"
         )
     return "\n".join(lines)

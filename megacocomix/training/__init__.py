@@ -1,1 +1,1 @@
-"""The loop and what it owns."""
+"""The training loop and its parts."""

@@ -1,5 +1,7 @@
-"""What one data rank trains on, step by step: the windows that it reads, the teacher targets of them, which the ranks
-of one copy of the model share the work of, and where a GPU has a stream to spare both a step ahead."""
+"""The windows and teacher targets that a data rank trains on in each step.
+
+The ranks of one copy of the model share the work of making the targets. On a GPU, windows and targets are made one step
+ahead, on a CUDA stream of their own."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,16 +21,16 @@ from megacocomix.training.inputs import Inputs
 
 
 class Step(NamedTuple):
-    """What a data rank trains on in one step."""
+    """The micro-batches of a data rank in one step."""
 
     batches: list[MicroBatch]
     error: UserError | None
-    """Data that cannot be trained on. All ranks stop at it together, after the step: the others are on their way into
-    its collectives."""
+    """An error in the data. All ranks stop together after the step, because the others already enter its
+    collectives."""
 
 
 class Windows(NamedTuple):
-    """The samples of a data rank in one step, micro-batch after micro-batch."""
+    """The windows of a data rank in one step, micro-batch after micro-batch."""
 
     indices: list[int]
     tokens_NT: Tensor
@@ -37,15 +39,14 @@ class Windows(NamedTuple):
 
 
 class WindowReader:
-    """Reads the samples of this data rank: micro-batch by micro-batch, the data ranks take turns in the sample
-    order."""
+    """Reads the windows of this data rank. The data ranks take turns in the sample order, a micro-batch at a time."""
 
     def __init__(self, config: Config, grid: Grid, dataset: TokenDataset, vocab_size: int):
         self.training, self.name, self.grid = config.training, config.data.train, grid
         self.dataset, self.vocab_size = dataset, vocab_size
 
     def read(self, step: int) -> Windows:
-        """The samples of a step."""
+        """The windows of a step."""
         indices = [self.dataset.window_index(position) for position in self._positions(step)]
         tokens, error = self.dataset.read(indices), None
         try:
@@ -61,15 +62,15 @@ class WindowReader:
 
 
 class SharedTargets:
-    """Teacher targets of all samples, of which each rank of one copy of the model makes a part: those ranks see the
-    same samples, and only the targets travel."""
+    """Teacher targets of all windows. Each rank of one copy of the model makes the targets of some windows: these ranks
+    read the same windows, so only the targets have to be sent."""
 
     def __init__(self, source: TargetSource, grid: Grid):
         self.source, self.grid = source, grid
 
     def make_part(self, windows: Windows) -> tuple[TeacherTargets, UserError | None]:
-        """Targets of this rank's part of the samples, zeros in the others'; and what is wrong with them, such as a
-        damaged shard of the label cache."""
+        """Targets of this rank's part of the windows, zeros for the others, and an error, such as a damaged shard of
+        the label cache."""
         grid, indices, tokens_NT = self.grid, windows.indices, windows.tokens_NT
         first, stop = (len(indices) * rank // grid.model for rank in (grid.model_rank, grid.model_rank + 1))
         part = error = None
@@ -87,7 +88,7 @@ class SharedTargets:
         return targets, error
 
     def merge(self, targets: TeacherTargets) -> None:
-        """All parts, in place. Collective over the ranks of one copy of the model."""
+        """Add up the parts of all ranks, in place. Collective over the ranks of one copy of the model."""
         if self.grid.model > 1:
             for target in targets:
                 if target is not None:
@@ -95,18 +96,18 @@ class SharedTargets:
 
 
 class Prefetcher:
-    """Makes what a step needs on a CUDA stream of its own: the kernels for the next step are queued before the caller
-    queues the student's of this one, so the two run side by side."""
+    """Calls `make` on a CUDA stream of its own. The kernels for the next step are queued before the caller queues the
+    student's kernels of this step, so the two run in parallel."""
 
     def __init__(self, make: Callable[[int], tuple], last_step: int, device: torch.device):
-        """`make(step)` returns tuples of tensors, which are used on the caller's stream, and other values."""
+        """`make(step)` returns tuples of tensors, which the caller uses on its own stream, and other values."""
         self.make, self.last_step, self.stream = make, last_step, torch.cuda.Stream(device)
         self.ahead: dict[int, tuple] = {}
 
     def __call__(self, step: int) -> tuple:
-        """What `make(step)` returns."""
+        """The result of `make(step)`."""
         if step not in self.ahead:
-            self.stream.wait_stream(torch.cuda.current_stream())  # which put teacher and autoencoder onto the device
+            self.stream.wait_stream(torch.cuda.current_stream())  # it put teacher and autoencoder onto the device
             self._start(step)
         made = self.ahead.pop(step)
         main = torch.cuda.current_stream()
@@ -114,7 +115,7 @@ class Prefetcher:
         for values in made:
             for value in values if isinstance(values, tuple) else ():
                 if torch.is_tensor(value):
-                    value.record_stream(main)  # else its memory could be given to the next step while in use here
+                    value.record_stream(main)  # otherwise the next step could reuse its memory too early
         if step + 1 < self.last_step:
             self._start(step + 1)
         return made
@@ -136,7 +137,7 @@ class StepBatches:
         self.make = Prefetcher(self._make, last_step, grid.device) if is_ahead else self._make
 
     def take(self, step: int) -> Step:
-        """What this rank trains on in a step. Collective where there is a teacher."""
+        """This rank's micro-batches of a step. Collective if there are teacher targets."""
         windows, targets, error = self.make(step)
         if self.targets:
             self.targets.merge(targets)
@@ -156,7 +157,7 @@ class StepBatches:
         return windows, *self.targets.make_part(windows)
 
     def _num_predicted(self, targets: TeacherTargets) -> Tensor | int:
-        """Positions of all data ranks whose prediction is learned."""
+        """Positions of all data ranks with a loss on their prediction."""
         if targets.labels_NMk is not None:
             count = count_labelled(targets.labels_NMk)
             dist.all_reduce(count, group=self.grid.data_group)

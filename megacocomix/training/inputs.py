@@ -1,4 +1,4 @@
-"""What a run reads, opened and compared with its config."""
+"""Open the inputs of a run, and compare them with its config."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +18,18 @@ from megacocomix.teacher.targets import TargetSource, open_targets
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads: its two splits, what it learns from a teacher (None where nothing), and the weights to begin
-    with (None where they are drawn)."""
+    """The inputs of a run: its two splits, its teacher targets (None without a teacher), and its initial weights (None
+    if they are random)."""
 
     train: TokenDataset
     valid: TokenDataset
     targets: TargetSource | None
     vocab_size: int
-    """Tokens are below this: the smaller of the model's and the teacher's vocabulary."""
+    """Token ids are below this: the smaller of the model's and the teacher's vocabulary."""
     init: Source | None = None
 
     def identity(self) -> dict[str, str]:
-        """Hashes of everything read, whatever it is called: a run goes on only on the same."""
+        """Hashes of all inputs. A run resumes only with the same ones."""
         found = {"data.train": self.train.shards.fingerprint, "data.valid": self.valid.shards.fingerprint}
         if self.targets:
             found |= self.targets.identity()
@@ -39,7 +39,7 @@ class Inputs:
 
 
 def open_inputs(config: Config, device: torch.device) -> Inputs:
-    """Open data, teacher and autoencoder and check that they fit the model. Raises one UserError with every problem."""
+    """Open data, teacher and autoencoder, and compare them with the model. Raises one UserError with every problem."""
     problems = []
 
     def attempt(function, *arguments):
@@ -58,7 +58,7 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
     if tokenizer and splits.get("train"):
         targets = attempt(open_targets, config, device, tokenizer.eot_id, splits["train"])
     elif config.method.learns_concepts:
-        attempt(open_labeler, config, device, 0)  # for what it has to say
+        attempt(open_labeler, config, device, 0)  # only for its errors
     elif config.method.has_teacher:
         attempt(open_teacher, config, device)
     limit = config.model.vocab_size
@@ -67,8 +67,8 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
         for split, dataset in splits.items():
             if dataset and (dataset.shards.vocab_size or 0) > limit:
                 problems.append(
-                    f"data.{split} has a vocabulary of {dataset.shards.vocab_size}, but the teacher one of {limit}: "
-                    "both must be of one tokenizer."
+                    f"data.{split} has a vocabulary of {dataset.shards.vocab_size}, but the teacher's is {limit}: "
+                    "both must use the same tokenizer."
                 )
     init = attempt(open_init, config)
     if config.evaluation.tasks:
@@ -82,15 +82,15 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
     return Inputs(**splits, targets=targets, vocab_size=limit, init=init)
 
 
-def _data_mismatches(what: str, shards: TokenShards, tokenizer, config: Config):
+def _data_mismatches(split: str, shards: TokenShards, tokenizer, config: Config):
     vocab_size = config.model.vocab_size
     if shards.vocab_size is not None and shards.vocab_size > vocab_size:
         yield (
-            f"{what} was written with a vocabulary of {shards.vocab_size}, but model.vocab_size is {vocab_size}. "
+            f"{split} was written with a vocabulary of {shards.vocab_size}, but model.vocab_size is {vocab_size}. "
             f"Nearest valid: {shards.vocab_size}."
         )
     ours = f"data.tokenizer {config.data.tokenizer}", tokenizer and tokenizer.sha256
-    yield from tokenizer_mismatches(ours, (what, shards.tokenizer_sha256))
+    yield from tokenizer_mismatches(ours, (split, shards.tokenizer_sha256))
 
 
 def _check_validation_tokens(dataset: TokenDataset, config: Config, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Where numbers go: RUN/metrics.jsonl always, a console line, Weights & Biases and TensorBoard when asked."""
+"""Metrics of a run: RUN/metrics.jsonl and the console, and optionally Weights & Biases and TensorBoard."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 from megacocomix.config.schema import Config
 from megacocomix.errors import UserError
@@ -20,7 +21,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Rank 0's metrics of a run, a JSON line a record. Raises UserError when they cannot be written."""
+    """Logs rank 0's metrics of a run, a JSON line for each record. Raises UserError if it cannot write them."""
 
     def __init__(self, run: Path, config: Config, first_step: int):
         self._file = _open_after_whole_lines(run / METRICS_FILE)
@@ -45,12 +46,12 @@ class MetricsLog:
         self._progress.update(self._task, completed=step)
 
     def train(self, record: dict, seconds_per_step: float) -> None:
-        """A training line; the console gets a short form with the time that is left."""
+        """Log a training record; the console line is short and includes the remaining time."""
         self._write(record)
         others = {"concept": "concept_loss", "hidden": "hidden_loss", "kd": "kd_loss"}
         others = "".join(f"{name} {record[key]:.3f}  " for name, key in others.items() if record[key] is not None)
         mfu = "" if record["mfu"] is None else f"MFU {record['mfu']:.1%}  "
-        left = _clock((self._last_step - record["step"]) * seconds_per_step)
+        left = tqdm.format_interval(round((self._last_step - record["step"]) * seconds_per_step))
         self.print(
             f"step {record['step']:>6}/{self._last_step}  loss {record['loss']:.4f}  {others}lr {record['lr']:.2e}  "
             f"norm {record['grad_norm']:.2f}  {record['tokens_per_second']:,.0f} tok/s  "
@@ -58,7 +59,7 @@ class MetricsLog:
         )
 
     def valid(self, record: dict) -> None:
-        """A validation line."""
+        """Log a validation record."""
         self._write(record)
         self.print(
             f"step {record['step']:>6}/{self._last_step}  valid loss {record['valid_loss']:.4f}  "
@@ -66,11 +67,11 @@ class MetricsLog:
         )
 
     def print(self, line: str) -> None:
-        """A line on the console, above the progress bar."""
+        """Print a line on the console, above the progress bar."""
         self.console.print(line)
 
     def close(self) -> None:
-        """Flush and finish every sink."""
+        """Flush and close everything."""
         self._progress.stop()
         self._file.close()
         if self._wandb:
@@ -94,16 +95,16 @@ class MetricsLog:
 
 def is_validated(run: Path, step: int) -> bool:
     """Whether a run's metrics hold the validation of a step."""
-    lines = (run / METRICS_FILE).read_bytes().splitlines() if (run / METRICS_FILE).is_file() else []
-    for line in reversed(lines):
-        with suppress(ValueError, AttributeError):  # torn by a crash
+    file = run / METRICS_FILE
+    for line in reversed(file.read_bytes().splitlines() if file.is_file() else []):
+        with suppress(ValueError, AttributeError):  # a line that a crash truncated
             if (record := json.loads(line)).get("step") == step and "valid_loss" in record:
                 return True
     return False
 
 
 def _open_after_whole_lines(path: Path):
-    """Open for appending. A line that a crash left half written would swallow the next record: it is cut off."""
+    """Open for appending, after removing an incomplete last line: the next record would be appended to it."""
     try:
         content = path.read_bytes() if path.exists() else b""
         file = open(path, "a")  # noqa: SIM115 (closed by MetricsLog.close)
@@ -114,20 +115,14 @@ def _open_after_whole_lines(path: Path):
 
 
 def numbers_only(record: dict) -> dict:
-    """Infinity and NaN, which JSON does not know, as null."""
+    """Replace infinity and NaN, which JSON does not have, by None."""
     return {key: value if value is None or math.isfinite(value) else None for key, value in record.items()}
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
 
 
 def _start_wandb(run: Path, config: Config):
     import wandb
 
-    # The id is kept in the run folder: a resumed run goes on in the same Weights & Biases run.
+    # The id is stored in the run folder, so that a resumed run continues its Weights & Biases run.
     id_file = run / "wandb_id"
     if not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:8])
@@ -149,7 +144,7 @@ def _start_tensorboard(run: Path):
     return SummaryWriter(run / "tensorboard")
 
 
-# Dense bf16 peak of one device, from the makers' data sheets.
+# Dense bf16 peak of one device in FLOP/s, from the manufacturers' data sheets.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -160,15 +155,16 @@ PEAK_FLOPS = {
 
 
 def device_peak(device: torch.device, precision: str) -> float | None:
-    """Peak bf16 FLOP/s of a device; None where it is not in the table, or in fp32: no MFU rather than a wrong one."""
+    """Peak bf16 FLOP/s of a device. None in fp32, and for a device that is not in the table: better no MFU than a wrong
+    one."""
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device).replace("-", " ").split()
-    return next((peak for words, peak in PEAK_FLOPS.items() if all(word in name for word in words.split())), None)
+    parts = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((peak for name, peak in PEAK_FLOPS.items() if set(name.split()) <= set(parts)), None)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held: of the GPU where there is one, else of the host."""
+    """Peak memory of this process: GPU memory if there is a GPU, otherwise host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""The run folder: one place for everything a run writes.
+"""The run folder, which holds everything that a run writes.
 
 config.yaml (resolved) · code.json (version, commit, starts) · metrics.jsonl · logs/ · checkpoints/ · evals/
 """
@@ -21,12 +21,12 @@ from megacocomix.errors import UserError
 from megacocomix.files import write_json, write_text
 
 LOCK = ".lock"
-# What may change between two starts of one run: nothing here alters the weights of any step.
+# Options that may change between two starts of one run: none of them changes the weights of any step.
 FREE = {"run", "parallel", "checkpoint", "evaluation", "logging", "training.stop_after", "training.micro_batch"}
 
 
 def check_run_folder(config: Config) -> Path:
-    """The run folder of a config: new, or of the same config. Raises UserError when it belongs to another one."""
+    """The run folder of a config, new or existing. Raises UserError if it belongs to another config."""
     run = Path(config.run)
     stored = run / "config.yaml"
     if stored.is_file():
@@ -35,7 +35,7 @@ def check_run_folder(config: Config) -> Path:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{stored} cannot be read: {error}.") from None
         if not isinstance(values, dict):
-            raise UserError(f"{stored} is empty or damaged. Bring it back, or choose another folder with run=PATH.")
+            raise UserError(f"{stored} is empty or damaged. Restore it, or choose another folder with run=PATH.")
         _check_same(config, build_config(values, str(stored)), run)
     elif run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - {LOCK}):
         raise UserError(f"run {run} exists and is not a run folder. Choose another: run=PATH.")
@@ -45,7 +45,7 @@ def check_run_folder(config: Config) -> Path:
 def write_run_folder(config: Config, run: Path, start: dict) -> IO:
     """Make the folder, and write the resolved config, the code version and this start (`world`, `device`) into it.
 
-    Returns an open file that locks the run while it is open. Raises UserError when the folder cannot be written, or
+    Returns an open file that locks the run while it is open. Raises UserError if the folder cannot be written, or
     another job is training in it.
     """
     try:
@@ -65,7 +65,7 @@ def write_run_folder(config: Config, run: Path, start: dict) -> IO:
 
 
 def _earlier_starts(run: Path) -> list[dict]:
-    """Starts recorded so far; a record that is damaged is begun again rather than keeping the run from going on."""
+    """Starts recorded so far. A damaged record is replaced, because it must not prevent the run from resuming."""
     try:
         return list(json.loads((run / "code.json").read_bytes())["starts"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -85,11 +85,11 @@ def log_to_file(run: Path, rank: int) -> None:
     for each in (handler, console):
         logging.getLogger().addHandler(each)
     logging.getLogger("megacocomix").setLevel(logging.INFO)
-    logging.raiseExceptions = False  # a log on a full disk is not worth a traceback a line
+    logging.raiseExceptions = False  # on a full disk, do not print a traceback for each line
 
 
 def code_version() -> dict:
-    """Package version and, in a git checkout, the commit and whether tracked files differ from it."""
+    """Package version; in a git checkout also the commit, and whether tracked files are modified."""
 
     def git(*arguments: str) -> str | None:
         here = Path(__file__).parent

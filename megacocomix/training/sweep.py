@@ -1,7 +1,7 @@
-"""Many runs from one plan: every row with every seed, a few at a time, each finished one skipped.
+"""Many runs from one plan: every row with every seed, a few at a time. Finished runs are skipped.
 
-A run is started, resumed and known to be finished by its own folder alone, so a sweep that was stopped, by whatever,
-goes on when it is started again.
+A run's own folder shows whether the run is new, can be resumed or is finished. So a sweep that was stopped, by a signal
+or otherwise, continues when it is started again.
 """
 
 import ctypes
@@ -35,13 +35,13 @@ from megacocomix.training.run_folder import check_run_folder
 
 POLL_SECONDS = 1.0
 TAIL_BYTES = 4096  # of metrics.jsonl: more than its last line
-# Found before any child is forked, which must not load a library.
+# Loaded here, because a forked child must not load a library.
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
 
 
 class Plan(Section):
-    """What a plan file says."""
+    """The content of a plan file."""
 
     config: str
     """The recipe of all runs."""
@@ -50,15 +50,16 @@ class Plan(Section):
     seeds: Annotated[list[NonNegative], Field(min_length=1)]
     """training.seed of each row's runs."""
     at_a_time: Positive = 1
-    """Runs that are under way together; they share the host's cores."""
+    """Number of runs at the same time; they share the host's cores."""
     launch: str = "python"
-    """What a run is started with, such as `torchrun --nproc-per-node 8 --master-port {port}`; {port} is a free one."""
+    """The command that starts a run, such as `torchrun --nproc-per-node 8 --master-port {port}`; {port} becomes a free
+    port."""
     world: Positive = 1
     """Processes that `launch` starts."""
     overrides: list[str] = []
     """section.key=value of all runs."""
     runs: Annotated[dict[str, list[str]], Field(min_length=1)]
-    """Name of a row → its overrides. The first row is the one that the others are compared with."""
+    """Name of a row → its overrides. The others are compared with the first row."""
 
 
 @dataclass
@@ -71,23 +72,23 @@ class Job:
     """For launcher/pretrain.py."""
     log: Path
     commands: list[list[str]] = field(default_factory=list)
-    """What is left to start, one after the other."""
+    """Command lines that are not started yet, in order."""
     process: subprocess.Popen | None = None
     failure: str | None = None
 
     @property
     def last_step(self) -> int:
-        """Where the run ends."""
+        """The step at which the run ends."""
         return self.config.training.stop_after or self.config.training.steps
 
     @property
     def checkpoint(self) -> Path:
-        """The last one."""
+        """The last checkpoint."""
         return Path(self.config.run) / "checkpoints" / f"step-{self.last_step:08d}"
 
     @property
     def is_trained(self) -> bool:
-        """Whether its last checkpoint is there and its last validation in the metrics."""
+        """Whether its last checkpoint exists, and its metrics end with the last validation."""
         last = self._last_record()
         return self.checkpoint.is_dir() and "valid_loss" in last and last.get("step") == self.last_step
 
@@ -102,7 +103,7 @@ class Job:
         return int(self._last_record().get("step") or 0)
 
     def _last_record(self) -> dict:
-        """The last whole line of its metrics."""
+        """The last complete line of its metrics; empty if there is none."""
         try:
             with open(Path(self.config.run) / "metrics.jsonl", "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
@@ -132,7 +133,7 @@ def _explain(problem: dict) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{where} is not an option of a plan.{nearest(where, Plan.model_fields)}"
     if not where:
-        return "it is no plan: expected keys such as config, out, seeds and runs."
+        return "it is not a plan: expected keys such as config, out, seeds and runs."
     return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
 
 
@@ -140,23 +141,23 @@ def _problems(plan: Plan) -> Iterator[str]:
     yield from (f"seeds names {seed} twice." for seed in sorted(set(plan.seeds)) if plan.seeds.count(seed) > 1)
     for row in plan.runs:
         if not re.fullmatch(r"[\w+-][\w.+-]*", row):
-            yield f"runs: {row!r} is no name of a folder: letters, digits and _ + - . only."
+            yield f"runs: {row!r} is no name of a folder: use only letters, digits and _ + - ."
     for where, overrides in {"overrides": plan.overrides, **plan.runs}.items():
         for override in overrides:
             if override.partition("=")[0] in ("run", "training.seed"):
                 yield f"{where}: {override} is set by out, the row's name and seeds."
     try:
-        words = shlex.split(plan.launch)
+        program = (shlex.split(plan.launch) or ["nothing"])[0]
     except ValueError as error:
         yield f"launch: {error}: {plan.launch}"
     else:
-        if not words or not (words[0] == "python" or shutil.which(words[0])):
-            yield f"launch: {words[0] if words else 'nothing'} is no program that is found here."
+        if program != "python" and not shutil.which(program):
+            yield f"launch: {program} is no program on this machine."
 
 
 def plan_jobs(plan: Plan) -> list[Job]:
-    """All runs of a plan, seed by seed, each config checked, and against the run folder where there is one. Raises one
-    UserError with every problem."""
+    """All runs of a plan, seed by seed. Checks every config, also against an existing run folder. Raises one UserError
+    with every problem."""
     jobs, problems = [], []
     for seed in plan.seeds:
         for row, overrides in plan.runs.items():
@@ -171,25 +172,25 @@ def plan_jobs(plan: Plan) -> list[Job]:
                 continue
             jobs.append(Job(name, config, ["--config", plan.config, *arguments], Path(plan.out) / f"{name}.log"))
     if problems:
-        raise UserError(*dict.fromkeys(problems))  # what is wrong with a row is wrong with each of its seeds
+        raise UserError(*dict.fromkeys(problems))  # each seed of a row has the same problem
     return jobs
 
 
 class Sweep:
-    """Runs the jobs of a plan; `log` gets a line whenever one begins or ends; a terminal shows a bar over all steps."""
+    """Runs the jobs of a plan. `log` gets a line when a job begins or ends. A terminal shows a bar over all steps."""
 
     def __init__(self, plan: Plan, jobs: list[Job], root: Path, log: Callable[[str], None]):
         self.plan, self.jobs, self.root, self.log = plan, jobs, root, log
         self.stop_signal = StopSignal((*NUMBERS, signal.SIGHUP))
 
     def run(self) -> int:
-        """Run what is not done. Returns an exit code: finished, failed where a run failed (the others go on), or to be
-        requeued after a signal, which the runs under way got too and saved. Raises UserError where another sweep is at
-        the same folder, or it cannot be written."""
+        """Run all unfinished jobs. Returns an exit code: finished, failed if a run failed (the others are run all the
+        same), or requeue after a signal, which active runs receive too, so that they save. Raises UserError if another
+        sweep uses the same folder, or the folder cannot be written."""
         out = Path(self.plan.out)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            lock = open(out / ".lock", "w")  # noqa: SIM115 (held as long as this runs)
+            lock = open(out / ".lock", "w")  # noqa: SIM115 (open until the sweep ends)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"out {out} is being filled by another sweep: wait for it.") from None
@@ -205,13 +206,13 @@ class Sweep:
         return EXIT_FAILED if any(job.failure for job in self.jobs) else EXIT_FINISHED
 
     def _run_jobs(self) -> None:
-        """Run what is not done, a few at a time; a signal is passed on to those under way, and no other is begun."""
+        """Run unfinished jobs, a few at a time. After a signal, pass it on to the active ones and begin no other."""
         waiting = [job for job in self.jobs if not job.is_done]
         self.log(f"{len(self.jobs)} runs, {len(self.jobs) - len(waiting)} of them done before")
         active: list[Job] = []
         passed_on = False
-        self.bar = tqdm(total=sum(job.last_step for job in self.jobs), unit="step", disable=None)
-        self.bar.initial = self.bar.n = sum(job.step for job in self.jobs)
+        total, begun = sum(job.last_step for job in self.jobs), sum(job.step for job in self.jobs)
+        self.bar = tqdm(total=total, initial=begun, unit="step", disable=None)
         try:
             while (waiting and not self.stop_signal) or active:
                 while waiting and len(active) < self.plan.at_a_time and not self.stop_signal:
@@ -235,12 +236,12 @@ class Sweep:
 
     def _begin(self, job: Job) -> Job:
         launch = shlex.split(self.plan.launch.replace("{port}", str(_free_port())))
-        launch = [sys.executable if word == "python" else word for word in launch]
+        launch = [sys.executable if argument == "python" else argument for argument in launch]
         train = [*launch, str(self.root / "launcher/pretrain.py"), *job.arguments]
-        evaluate = [sys.executable, str(self.root / "tools/evaluate.py"), str(job.checkpoint)]
+        evaluate = [sys.executable, str(self.root / "tools/evaluate.py"), "perplexity", str(job.checkpoint)]
         job.commands = [evaluate] if job.is_trained else [train, evaluate]
         if not job.is_trained:
-            self.log(f"{job.name}: goes on after step {job.step}" if job.step else f"{job.name}: begins")
+            self.log(f"{job.name}: resumes after step {job.step}" if job.step else f"{job.name}: begins")
         self._start_next(job)
         return job
 
@@ -275,13 +276,13 @@ class Sweep:
 
 
 def _die_with_parent() -> None:
-    """In a process that is starting: get SIGTERM when the sweep is gone, however it went. Only Linux has this."""
+    """In a starting child: get SIGTERM when the sweep's process ends, even if it is killed. Only on Linux."""
     if LIBC:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _signal(job: Job, number: int) -> None:
-    """To all processes of a job, the launcher's too."""
+    """Send a signal to all processes of a job, including the launcher's."""
     if job.process and job.process.poll() is None:
         os.killpg(job.process.pid, number)
 

@@ -1,5 +1,5 @@
-"""Benchmark tasks during training: a step's checkpoint is scored by a process of its own while the ranks wait, so that
-neither its memory nor its mistakes are the trainer's, and its time is not counted as training."""
+"""Benchmark tasks during training. A separate process scores a step's checkpoint while the ranks wait, so its memory
+and its errors do not affect the trainer. Its time does not count as training time."""
 
 import os
 import signal
@@ -15,17 +15,17 @@ from megacocomix.config.schema import EvaluationConfig
 from megacocomix.evaluation.harness import evaluate_command
 
 POLL_SECONDS = 0.5
-# What makes a process one of a job of several.
+# Environment variables that would make the process a rank of this job.
 JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def score_tasks(
     checkpoint: Path, options: EvaluationConfig, log: Path, is_main: bool, stops: Callable[[], bool]
 ) -> tuple[bool, str | None]:
-    """Score the tasks of `options` on a checkpoint; rank 0 starts the process, whose output goes to `log`. Collective.
+    """Score the tasks of `options` on a checkpoint. Rank 0 starts the process; its output goes to `log`. Collective.
 
-    Returns, on all ranks alike, whether `stops()`, which all ranks agree on, became true on the way, which ends the
-    process; and what is to be said where not all tasks were scored.
+    `stops()` must return the same on all ranks; when it returns true, the process is ended. Returns, the same on all
+    ranks, whether that happened, and a warning if not all tasks were scored.
     """
     child = failure = None
     if is_main:
@@ -46,11 +46,11 @@ def score_tasks(
             child.send_signal(signal.SIGTERM)
         if child.wait() and not is_stopped:
             failure = (
-                f"not all tasks were scored on {checkpoint}, see {log}. tools/evaluate.py --tasks scores them later."
+                f"not all tasks were scored on {checkpoint}, see {log}. tools/evaluate.py tasks scores them later."
             )
-    said = [failure]
-    dist.broadcast_object_list(said, src=0)
-    return is_stopped, said[0]
+    failures = [failure]
+    dist.broadcast_object_list(failures, src=0)
+    return is_stopped, failures[0]
 
 
 def _start(checkpoint: Path, options: EvaluationConfig, log: Path) -> subprocess.Popen:

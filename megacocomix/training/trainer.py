@@ -1,4 +1,4 @@
-"""The training loop, read top to bottom: open → (resume) → step, poll, log, save, validate, step … → finish."""
+"""The training loop, top to bottom: open → (resume) → step, poll, log, save, validate, step … → finish."""
 
 import logging
 import math
@@ -42,22 +42,22 @@ log = logging.getLogger(__name__)
 
 Event = Literal["step", "gradients", "validate", "validated"]
 OnEvent = Callable[[Event, "Trainer"], None]
-"""Called on every rank when a step begins, when its gradients are summed and not yet clipped, and before and after a
-validation. For tests and experiments: it may look at everything, and change what it must answer for."""
+"""Called on every rank: when a step begins, when its gradients are summed but not yet clipped, and before and after a
+validation. It is for tests and experiments. It may read and change everything, at the caller's own risk."""
 
 
 def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, trainer: None) -> int:
-    """Run a config to its end, from its newest checkpoint if it has one. Returns an exit code. Raises UserError, on all
-    ranks alike."""
+    """Train a config to its end, from its newest checkpoint if there is one. Returns an exit code. Raises UserError, on
+    all ranks at once."""
     with errors_on_all_ranks():
         check_config(config, runtime.world)
         run = check_run_folder(config)
-        if config.method.has_teacher and runtime.is_main:  # the others wait here, and find it downloaded
+        if config.method.has_teacher and runtime.is_main:  # the other ranks wait for the download
             local_folder(config.teacher.model, download=True)
     with errors_on_all_ranks():
         inputs = open_inputs(config, runtime.device)
     with errors_on_all_ranks():
-        # After every rank has compared the folder's config, which is now written again.
+        # Only now, because every rank has compared the folder's config, which this overwrites.
         device = torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu"
         lock = write_run_folder(config, run, {"world": runtime.world, "device": device}) if runtime.is_main else None
     with errors_on_all_ranks():
@@ -73,16 +73,16 @@ def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, tr
 
 
 class Poll(NamedTuple):
-    """What all ranks know after a step."""
+    """The values that all ranks share after a step."""
 
     losses: list[float]
     """Means over the global batch: next token, prediction, distillation."""
     stopped: bool
-    """A rank was signalled."""
+    """A rank received a signal."""
     has_error: bool
-    """A rank has read data that cannot be trained on."""
+    """A rank found an error in its data."""
     is_writing: bool
-    """A rank still writes the checkpoint that was begun."""
+    """A rank is still writing the current checkpoint."""
 
 
 class Trainer:
@@ -113,7 +113,7 @@ class Trainer:
         try:
             with self.stop_signal:
                 return self._train()
-        except UserError:  # on all ranks: what was begun can still be completed
+        except UserError:  # raised on all ranks, so they can still complete a checkpoint that was begun
             self._complete_save()
             raise
 
@@ -133,13 +133,13 @@ class Trainer:
                         raise error
             if not all(map(math.isfinite, (*poll.losses, self.engine.gradient_norm()))):
                 self._complete_save()
-                self._print(f"error: loss or gradient is not finite at step {state.step}; it is not saved")
+                self._print(f"error: loss or gradient is not finite at step {state.step}; this step is not saved")
                 return EXIT_FAILED
             is_last, stopped = state.step == self.last_step, poll.stopped
             scores = bool(config.evaluation.tasks) and (is_last or self._is_due(config.evaluation.tasks_every))
             if self._is_due(config.logging.every) or is_last:
                 self._log_step(poll.losses)
-            # Before validating, which may take longer than the grace period after a signal.
+            # Save before validating, which may take longer than the grace period after a signal.
             if self._is_due(config.checkpoint.every) or is_last or stopped or scores:
                 self._save(must_succeed=is_last or stopped or scores)
             if (self._is_due(config.evaluation.every) or is_last) and not self._validate():
@@ -152,8 +152,8 @@ class Trainer:
         return EXIT_FAILED if self.tasks_failed else EXIT_FINISHED
 
     def _finish_killed_run(self) -> int:
-        """Of a run whose last step is saved: the validation and the tasks before which it was killed. Returns an exit
-        code."""
+        """For a run whose last step is saved: run the validation and the tasks that are missing because it was killed.
+        Returns an exit code."""
         missing = [False, False]
         if self.runtime.is_main:
             tasks = self.config.evaluation
@@ -174,12 +174,12 @@ class Trainer:
         return every is not None and self.state.step % every == 0
 
     def close(self) -> None:
-        """Finish logging."""
+        """Close the logs."""
         if self.metrics:
             self.metrics.close()
 
     def _build_engine(self) -> tuple[Engine, TrainingState]:
-        """The engine on the newest checkpoint's weights, or on initial ones, and where the run stands."""
+        """The engine and the training state, from the newest checkpoint if there is one, otherwise initial ones."""
         config, shapes = self.config, self.stages.whole_shapes
         optimizer = partial(build_optimizer, config=config.optimizer)
         build = lambda read: Engine(
@@ -196,8 +196,8 @@ class Trainer:
             return engine, load_checkpoint(stored, engine)
 
     def _choose_checkpoint(self) -> Path | None:
-        """The newest sound checkpoint; damaged ones are skipped, with a warning. Rank 0 looks: a shared file system may
-        show the others an older state, and one reader is enough to compare all files with their hashes."""
+        """The newest sound checkpoint; damaged ones are skipped with a warning. Only rank 0 looks, because a shared
+        file system may show the others an older state, and one reader is enough to verify all hashes."""
         chosen = [None, None]
         with errors_on_all_ranks():
             if self.runtime.is_main and list_checkpoints(self.run):
@@ -205,19 +205,19 @@ class Trainer:
                 chosen = [checkpoint, read_checkpoint_manifest(checkpoint)["inputs"]]
         dist.broadcast_object_list(chosen, src=0)
         checkpoint, stored = chosen
-        # What is not read any more cannot have changed.
+        # Inputs that the run does not read any more are not compared.
         changed = [key for key in sorted(stored or {}) if stored[key] != self.identity.get(key, stored[key])]
         with errors_on_all_ranks():
             if changed:
                 raise UserError(
                     f"run {self.run} was begun with other content of {' and '.join(changed)} than is there now. "
-                    "Bring it back, or choose another folder with run=PATH."
+                    "Restore it, or choose another folder with run=PATH."
                 )
         return checkpoint
 
     def _step(self) -> tuple[Tensor, UserError | None]:
-        """One optimizer step. Returns this rank's shares of the global mean losses, fp64 on the CPU, and what is wrong
-        with the data that it read."""
+        """One optimizer step. Returns this rank's summands of the global mean losses, fp64 on the CPU, and an error in
+        the data that it read."""
         config, state = self.config, self.state
         self.on_event("step")
         seed_step(config.training.seed, state.step, self.runtime.rank)
@@ -225,7 +225,7 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, self._learning_rate(state.step))
         self.engine.train()
         self.engine.begin_step()
-        # Copied before the update is queued: the norm, which comes first there, waits for the same passes.
+        # Copied before the update is queued. This costs no time: the gradient norm waits for the same passes.
         losses = self.pipeline.train(self.engine, self.engine.before_backward, batches).cpu()
         self.engine.step()
         state.step += 1
@@ -237,8 +237,8 @@ class Trainer:
         return losses, error
 
     def _poll(self, losses: Tensor | None = None, error: UserError | None = None) -> Poll:
-        """The one collective of a step besides those of the training itself. All ranks learn the same from it: one that
-        left alone would leave the others waiting."""
+        """Share losses and flags between all ranks, in the only collective of a step besides those of the training. All
+        ranks get the same result, so that none leaves the loop alone while the others wait for it."""
         losses = torch.zeros(NUM_LOSSES, dtype=torch.float64) if losses is None else losses
         flags = torch.tensor([bool(self.stop_signal), error is not None, self.writer.is_writing], dtype=torch.float64)
         total = torch.cat((losses, flags))
@@ -272,7 +272,7 @@ class Trainer:
         self._start_clock()
 
     def _validate(self) -> bool:
-        """Validate. Returns whether the loss is a number; where it is not, that is printed as an error."""
+        """Validate. Returns whether the loss is finite; if it is not, prints an error."""
         self.on_event("validate")
         self._pause_clock()
         config, grid = self.config, self.grid
@@ -294,10 +294,10 @@ class Trainer:
         return math.isfinite(loss)
 
     def _score_tasks(self) -> bool:
-        """Score the tasks on this step's checkpoint. Returns whether a signal came on the way."""
+        """Score the tasks on this step's checkpoint. Returns whether a signal arrived meanwhile."""
         self._pause_clock()
         if self.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()  # for the process that scores
+            torch.cuda.empty_cache()  # leaves memory for the process that scores
         stopped, failure = score_tasks(
             self._checkpoint(),
             self.config.evaluation,
@@ -305,7 +305,7 @@ class Trainer:
             self.runtime.is_main,
             lambda: self._poll().stopped,
         )
-        self.tasks_failed = failure is not None  # of the last step it is the run's failure
+        self.tasks_failed = failure is not None  # after the last step, this decides the exit code
         if failure:
             self._print(f"warning: {failure}")
         self._start_clock()
@@ -323,7 +323,7 @@ class Trainer:
         self._start_clock()
 
     def _complete_save(self) -> list[str]:
-        """Complete a checkpoint that was begun, if one was. Returns what went wrong with it; training can go on."""
+        """Complete the pending checkpoint, if there is one. Returns its failures; training can go on."""
         if not self.writer.is_pending:
             return []
         failures = self.writer.complete()
@@ -334,7 +334,7 @@ class Trainer:
         return failures
 
     def _pause_clock(self) -> None:
-        """Training time counts steps alone, and a step counts when the device has done it."""
+        """Training time counts only steps, so it waits until the device has finished the current one."""
         if self.runtime.device.type == "cuda":
             torch.cuda.synchronize()
         self.state.seconds += time.perf_counter() - self.clock_start

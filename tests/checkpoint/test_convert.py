@@ -1,9 +1,7 @@
-"""Checkpoints of other programs → ours, ours → the published code's: the same model or nothing."""
+"""Converts external checkpoints to ours, and ours to the published code's: the same model, or nothing is written."""
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from megacocomix.checkpoint.parity import measure
 from megacocomix.errors import UserError
 from megacocomix.hf.export import export_hf
 from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
-from processes import run_processes
+from processes import run_processes, run_tool
 
 HEADS = tiny.SHAPE["num_heads"]
 MEGATRON_ARGS = {"num_attention_heads": HEADS, "vocab_size": tiny.VOCAB, "layernorm_epsilon": 1e-5}
@@ -46,7 +44,7 @@ def logits(folder, tokens=TOKENS):
 
 
 def assert_refused(path, out, *what, **hints):
-    """One line that has all of `what` in it, and nothing new in the folder of `out`."""
+    """The error is one line that contains all of `what`, and nothing new is in the folder of `out`."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(UserError) as refusal:
         to_native(path, out, **hints)
@@ -80,16 +78,16 @@ def test_the_published_codes_weights_go_through_ours_to_hugging_face_with_the_sa
 
 def test_concept_settings_come_from_flags_where_no_file_has_them(tmp_path, published):
     settings = tmp_path / "published/config.yaml"
-    said = open_source(tmp_path / "published").method
+    recorded = open_source(tmp_path / "published").method
     settings.rename(tmp_path / "config.yaml")  # where the published code looks next
-    assert open_source(tmp_path / "published").method == said
+    assert open_source(tmp_path / "published").method == recorded
     assert_refused(tmp_path / "published", tmp_path / "x", "insert_layer_index is 2", insertion_layer=1)
     (tmp_path / "config.yaml").unlink()
     assert_refused(tmp_path / "published", tmp_path / "x", "--insertion-layer")
     assert_refused(tmp_path / "published", tmp_path / "x", "--num-kept", insertion_layer=2)
-    assert_refused(tmp_path / "published", tmp_path / "x", "is not below 4", insertion_layer=4, num_kept=16)
-    given = {"insertion_layer": said.insertion_layer, "num_kept": said.num_kept}
-    assert open_source(tmp_path / "published", Hints(**given)).method == said
+    assert_refused(tmp_path / "published", tmp_path / "x", "is not below its 4 blocks", insertion_layer=4, num_kept=16)
+    given = {"insertion_layer": recorded.insertion_layer, "num_kept": recorded.num_kept}
+    assert open_source(tmp_path / "published", Hints(**given)).method == recorded
 
 
 @pytest.mark.parametrize("form", ["whole", "sharded", "without head"])
@@ -117,7 +115,7 @@ def test_a_megatron_checkpoint_becomes_ours(tmp_path, model, version, names, ten
 
 
 class Runs:
-    """Pickles as a call: what a hostile file does."""
+    """Pickles as a function call, as in a hostile file."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -231,7 +229,7 @@ def test_a_result_that_is_another_model_is_removed(tmp_path, model, monkeypatch)
     assert_refused(tmp_path / "megatron", tmp_path / "ours", "logits of the converted model differ by")
 
 
-def test_the_proof_sees_a_model_that_gives_nan(tmp_path, model):
+def test_the_comparison_notices_a_model_that_gives_nan(tmp_path, model):
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.bias[3] = torch.nan
     model.save_pretrained(tmp_path / "hf")
@@ -244,7 +242,7 @@ def test_a_plain_model_is_not_written_as_the_published_codes(tmp_path, model):
         write_reference(open_source(tmp_path / "hf"), tmp_path / "out")
 
 
-def test_both_sides_of_the_proof_run_on_code_of_their_own(tmp_path, published):
+def test_both_sides_of_the_comparison_run_on_their_own_code(tmp_path, published):
     source = open_source(tmp_path / "published")
     to_native(tmp_path / "published", tmp_path / "ours")
     result = open_source(tmp_path / "ours")
@@ -253,10 +251,9 @@ def test_both_sides_of_the_proof_run_on_code_of_their_own(tmp_path, published):
 
 
 @pytest.mark.slow
-def test_the_command_says_its_proof_and_refuses_in_one_line(tmp_path, root, model):
+def test_the_command_prints_the_differences_and_refuses_in_one_line(tmp_path, root, model):
     def convert(*arguments):
-        command = [sys.executable, root / "tools/convert_checkpoint.py", *arguments]
-        return subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
+        return run_tool([root / "tools/convert_checkpoint.py", *arguments], tmp_path)
 
     model.save_pretrained(tmp_path / "hf")
     done = convert(tmp_path / "hf", "--out", tmp_path / "ours", "--to", "native")
@@ -268,7 +265,7 @@ def test_the_command_says_its_proof_and_refuses_in_one_line(tmp_path, root, mode
 
 
 def save_with_deepspeed(folder, stage, of_ours):
-    """A model in ZeRO `stage` for a step, saved as DeepSpeed saves; what its logits then are."""
+    """Train a model for one step in ZeRO `stage` and save it with DeepSpeed. Returns its logits."""
     import deepspeed
 
     from megacocomix.config.schema import ModelConfig

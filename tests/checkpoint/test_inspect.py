@@ -1,4 +1,4 @@
-"""The listing says what a file is, and leaves it as it was."""
+"""A listing names the kind of a file, and does not change the file."""
 
 import json
 

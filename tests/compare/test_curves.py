@@ -81,10 +81,10 @@ def test_what_a_run_wrote_after_its_checkpoint_is_forgotten_when_it_resumes(tmp_
     assert [point.step for point in run.valid] == [5, 10, 12, 24]
 
 
-def test_a_torn_last_line_is_left_out_with_a_warning(tmp_path, caplog):
+def test_a_truncated_last_line_is_skipped_with_a_warning(tmp_path, caplog):
     folder = write_run(tmp_path / "run", [valid_line(10, 5.0), '{"step": 20, "tokens": 2000, "valid_l'])
     assert [point.step for point in read_run(folder).valid] == [10]
-    assert "the last line is torn" in caplog.text
+    assert "the last line is truncated" in caplog.text
 
 
 def test_lines_of_other_kinds_and_absent_costs_do_no_harm(tmp_path):
@@ -179,10 +179,10 @@ def test_the_evaluation_of_the_highest_step_on_the_runs_own_data_counts(tmp_path
     write_evaluation(folder, 9, 4.5)
     write_evaluation(folder, 30, 1.0, data="elsewhere")
     write_evaluation(folder, 40, None)
-    (folder / "evals" / "torn.json").write_text('{"step": 50')
+    (folder / "evals" / "truncated.json").write_text('{"step": 50')
     found = read_run(folder).evaluation
     assert (found.step, found.loss, found.windows) == (20, 4.1, 100)
-    assert caplog.text.count("is left out") == 2
+    assert caplog.text.count("is skipped") == 2
 
 
 @pytest.mark.parametrize("changes", [{"step": 10}, {"num_sequences": 99}, {"context": 8}, {"data": "elsewhere"}])
@@ -225,5 +225,5 @@ def test_a_loss_that_is_no_use_is_compared_without_a_traceback(tmp_path, loss):
 @pytest.mark.parametrize("spent", [{"tokens": math.nan}, {"seconds": math.inf}, {"flops": 10**400}, {"step": math.inf}])
 def test_spending_that_is_no_finite_number_is_refused_with_its_line(tmp_path, spent):
     folder = write_run(tmp_path / "run", [valid_line(10, 5.0), {**valid_line(20, 4.0), **spent}])
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: a valid_loss line needs numbers"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: a valid_loss line needs finite numbers"):
         read_run(folder)

@@ -11,7 +11,7 @@ LINES = [valid_line(step, 5 - step / 20) for step in (10, 20, 30, 40)]
 
 
 def runs(folder, *methods):
-    """A run of each preset, `direct-hidden:l1` with that loss, named so that the name says nothing."""
+    """A run of each preset, `direct-hidden:l1` with that loss, with names that do not show the preset."""
     for index, method in enumerate(methods):
         name, _, loss = method.partition(":")
         yield write_run(
@@ -35,18 +35,18 @@ def titles(figure):
     ],
 )
 def test_the_panels_whose_runs_are_there_are_drawn(tmp_path, methods, panels):
-    figure, said = plot_figure_6(read_groups(list(runs(tmp_path, *methods))))
+    figure, caption = plot_figure_6(read_groups(list(runs(tmp_path, *methods))))
     assert titles(figure) == panels
-    assert "Left out, because their runs are not here: " in said
-    assert not any(f"{panel} " in said.split("Left out")[1] for panel in panels)
+    assert "Panels without runs: " in caption
+    assert not any(f"{panel} " in caption.split("Panels without runs")[1] for panel in panels)
 
 
 def test_the_lines_are_named_by_the_paper_with_their_final_perplexity(tmp_path):
-    figure, said = plot_figure_6(read_groups(list(runs(tmp_path, "ntp", "cocomix", "predict-only"))))
+    figure, caption = plot_figure_6(read_groups(list(runs(tmp_path, "ntp", "cocomix", "predict-only"))))
     (panel,) = figure.axes
     labels = [text.get_text() for text in panel.get_legend().get_texts()]
     assert labels == ["CoCoMix  20.09", "NTP  20.09", "predict only  20.09"]
-    assert "(d) is without mix only: no such run is here." in said
+    assert "(d) has no run of mix only." in caption
 
 
 def test_next_tokens_and_concepts_alone_make_no_panel(tmp_path):
@@ -68,7 +68,7 @@ def test_the_norms_are_of_the_rows_of_the_newest_checkpoint_with_a_compress_laye
     assert np.sum([bar.get_height() for bar in panel.patches]) == 8
 
 
-def test_a_checkpoint_that_cannot_be_read_is_walked_past(tmp_path):
+def test_a_checkpoint_that_cannot_be_read_is_skipped(tmp_path):
     folders = list(runs(tmp_path, "ntp", "cocomix"))
     write_checkpoint(folders[1], 20, concept__compress__weight=torch.ones(8, 4))
     damaged = write_checkpoint(folders[1], 40, concept__compress__weight=torch.ones(8, 4))

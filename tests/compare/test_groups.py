@@ -84,7 +84,7 @@ def test_other_content_of_the_validation_data_is_refused_with_both_hashes(tmp_pa
         read_groups(folders[:3])
     assert str(caught.value) == (
         "validation losses on different data cannot be compared: data.valid is "
-        f"shards/valid of hash {'a' * 16} (one); shards/valid of hash {'b' * 16} (two, three)."
+        f"shards/valid with hash {'a' * 16} (one); shards/valid with hash {'b' * 16} (two, three)."
     )
     # What does not record a hash is taken for what is at the same path.
     assert len(read_groups([folders[0], folders[3]])) == 2
@@ -93,7 +93,7 @@ def test_other_content_of_the_validation_data_is_refused_with_both_hashes(tmp_pa
 def test_without_hashes_other_paths_are_refused(tmp_path):
     one = write_run(tmp_path / "one", [valid_line(10, 5.0)])
     two = write_run(tmp_path / "two", [valid_line(10, 5.0)], data__valid="elsewhere/valid")
-    with pytest.raises(UserError, match=r"shards/valid of a hash that nothing records \(one\); elsewhere/valid"):
+    with pytest.raises(UserError, match=r"shards/valid with unknown hash \(one\); elsewhere/valid"):
         read_groups([one, two])
 
 
@@ -148,7 +148,7 @@ def test_a_setting_counts_where_the_composition_uses_it(name, used, unused):
         ("random", {}, "random labels"),
     ],
 )
-def test_what_a_run_is_in_the_paper_its_settings_say_and_not_its_name(name, changes, row):
+def test_the_row_of_the_paper_follows_from_the_settings_and_not_from_the_name(name, changes, row):
     assert row_of_the_paper(MethodConfig(name=name, **PRESETS[name] | changes)) == row
 
 

@@ -35,29 +35,29 @@ def test_a_copy_is_identical_however_long_it_took(pair):
 
 
 @pytest.mark.parametrize(
-    ("index", "change", "said"),
+    ("index", "change", "expected"),
     [
-        (1, {"loss": 4.500000000000001}, "differ first at step 20: loss 4.5 against 4.500000000000001"),
-        (1, {"lr": 0.2}, "differ first at step 20: lr 0.1 against 0.2"),
-        (1, {"lr": None}, "differ first at step 20: lr 0.1 against nothing"),
-        (2, {"valid_loss": 4.0}, "differ first at step 20: valid_loss 4.6 against 4.0"),
-        (3, {"hidden_loss": 1.0}, "differ first at step 30: hidden_loss nothing against 1.0"),
+        (1, {"loss": 4.500000000000001}, "first difference at step 20: loss 4.5 against 4.500000000000001"),
+        (1, {"lr": 0.2}, "first difference at step 20: lr 0.1 against 0.2"),
+        (1, {"lr": None}, "first difference at step 20: lr 0.1 against no value"),
+        (2, {"valid_loss": 4.0}, "first difference at step 20: valid_loss 4.6 against 4.0"),
+        (3, {"hidden_loss": 1.0}, "first difference at step 30: hidden_loss no value against 1.0"),
     ],
 )
-def test_the_first_step_and_quantity_that_differ_are_named(pair, index, change, said):
+def test_the_first_step_and_quantity_that_differ_are_named(pair, index, change, expected):
     lines = [dict(line) for line in LINES]
     lines[index] |= change
     rewrite(pair[1], lines)
     answer = compare(*pair)
-    assert (answer.identical, answer.text) == (False, said)
+    assert (answer.identical, answer.text) == (False, expected)
 
 
-def test_what_a_resumption_made_void_does_not_count(pair):
+def test_lines_that_a_resume_made_void_do_not_count(pair):
     rewrite(pair[1], [*LINES[:3], train_line(30, 9.0), valid_line(25, 9.0), *LINES[1:]])
     assert compare(*pair).identical
 
 
-def test_a_torn_line_is_not_a_difference_of_its_own(pair):
+def test_a_truncated_line_is_not_a_difference_of_its_own(pair):
     with open(pair[1] / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "lo')
     assert compare(*pair).identical
@@ -68,8 +68,8 @@ def test_a_run_that_goes_on_is_not_the_same(pair):
     answer = compare(*pair)
     assert not answer.identical
     assert answer.text == (
-        "differ in length: 4 against 3 training lines, the same where both have one; "
-        f"the first that only {pair[0]} has is of step 40"
+        "different lengths: 4 against 3 training lines, equal at every step that both have; "
+        f"the first line that only {pair[0]} has is of step 40"
     )
 
 
@@ -93,7 +93,7 @@ def test_weights_are_compared_at_the_newest_step_that_both_kept(pair):
     shutil.rmtree(pair[1] / "checkpoints" / "step-00000030")
     assert compare(*pair).text.endswith("the weights of both at step 20")
     shutil.rmtree(pair[1] / "checkpoints")
-    assert compare(*pair).text.endswith("but no step has a checkpoint in both: no weights compared")
+    assert compare(*pair).text.endswith("but no step has a checkpoint in both runs, so weights were not compared")
 
 
 def test_what_is_no_run_is_refused(pair, tmp_path):

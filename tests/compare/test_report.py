@@ -1,7 +1,5 @@
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +11,15 @@ from megacocomix.compare.curves import EqualX, Noise, ToMatch, equal_x
 from megacocomix.compare.groups import Group, Spread, read_groups
 from megacocomix.compare.plots import PLOTS, _spread_out, plot_axes
 from megacocomix.compare.report import compose, match_table, results_table, write_report
-from megacocomix.compare.summary import match_cell, summarize_equal, summarize_noise, summarize_pair
-from megacocomix.compare.warnings import comparison_warnings
+from megacocomix.compare.summary import (
+    comparison_warnings,
+    match_cell,
+    summarize_equal,
+    summarize_noise,
+    summarize_pair,
+)
 from megacocomix.errors import UserError
+from processes import run_tool
 
 SILENT = Noise(scatter=None, seeds=None)
 
@@ -36,7 +40,7 @@ def evaluate(folder, loss, step=40, windows=1024):
     write_evaluation(folder, step, loss, num_sequences=windows)
 
 
-def words(run, other, noise):
+def summarize(run, other, noise):
     return summarize_pair(run, other, [axis for axis in PLOTS if axis in plot_axes([run, other])], noise)
 
 
@@ -65,33 +69,34 @@ def equal(first, second, progress=(1.0, 1.0)):
 
 
 @pytest.mark.parametrize(
-    ("losses", "said"),
+    ("losses", "expected"),
     [
         ((4.0, 4.031), "**a** is lower than **b** by 0.031 nats (4.000 against 4.031; perplexity 3.1 % lower)."),
         ((4.031, 4.0), "**b** is lower than **a** by 0.031 nats (4.000 against 4.031; perplexity 3.1 % lower)."),
-        ((4.0, 4.0002), "**a** and **b** are level to three decimals (4.000 nats)."),
-        ((float("nan"), 4.0), "the loss of a is not a finite number: nothing to compare."),
+        ((4.0, 4.0002), "**a** and **b** are equal to three decimals (4.000 nats)."),
+        ((float("nan"), 4.0), "the loss of a is not a finite number, so there is nothing to compare."),
     ],
 )
-def test_the_words_name_the_lower_run_whichever_it_is(losses, said):
+def test_the_summary_names_the_lower_run_whichever_it_is(losses, expected):
     text = summarize_equal(bare("a"), bare("b"), "tokens", equal(*losses), None)
-    assert text == f"At equal tokens (4k), in the validation during training, {said}"
+    assert text == f"At equal tokens (4k), in the validation during training, {expected}"
 
 
 def test_a_difference_within_the_noise_is_said_not_to_be_real():
     a, b = bare("a"), bare("b")
-    assert "less than 0.050: do not read it as real" in summarize_equal(a, b, "tokens", equal(4.0, 4.04), 0.05)
-    assert "real" not in summarize_equal(a, b, "tokens", equal(4.0, 4.06), 0.05)
+    within, beyond = (summarize_equal(a, b, "tokens", equal(4.0, loss), 0.05) for loss in (4.04, 4.06))
+    assert within.endswith("This is less than the noise of 0.050 nats, so it may be chance.")
+    assert "chance" not in beyond
 
 
 def test_an_unfinished_schedule_is_said_beside_the_numbers():
     text = summarize_equal(bare("a"), bare("b"), "tokens", equal(4.0, 4.5, (0.5, 1.0)), None)
-    assert text.endswith("There a was at 50 % of its schedule and b at 100 %.")
+    assert text.endswith("At that point a had completed 50 % of its schedule, and b 100 %.")
 
 
-def test_the_words_agree_with_the_curves(folders):
+def test_the_summary_agrees_with_the_curves(folders):
     control, concepts = read_groups(folders)
-    tokens, total, student, seconds, cost = words(concepts, control, SILENT)
+    tokens, total, student, seconds, cost = summarize(concepts, control, SILENT)
     assert tokens.startswith(
         "At equal tokens (4k), in the validation during training, **concepts** is lower than **control** by 0.200 nats"
     )
@@ -101,7 +106,7 @@ def test_the_words_agree_with_the_curves(folders):
     for text in (student, seconds):
         assert "**control** is lower than **concepts** by 0.700 nats (4.200 against 4.900" in text
     assert cost == (
-        "A token costs **concepts** 2.00 × the student FLOPs of **control** (3.00 × with the teacher counted)."
+        "A token of **concepts** takes 2.00 × the student FLOPs of **control** (3.00 × with the teacher's)."
     )
 
 
@@ -115,29 +120,29 @@ def test_what_it_takes_to_match_is_said_as_a_part_of_what_the_other_spent(folder
 
 
 @pytest.mark.parametrize(
-    ("x", "seeds", "asked", "said"),
+    ("x", "seeds", "tried", "expected"),
     [
         (785.0, Spread(0.78, 0.012, 3), 3, "78.5 ± 1.2 % (−21.5 %)"),
         (785.0, Spread(0.78, 0.012, 2), 3, "78.5 ± 1.2 % (−21.5 %), 2 of 3 seeds"),
         (785.0, None, 1, "78.5 % (−21.5 %)"),
         (999.9, None, 2, "100.0 % (+0.0 %), 0 of 2 seeds"),
-        (None, Spread(0.9, None, 1), 2, "not reached (1 of 2 seeds do)"),
+        (None, Spread(0.9, None, 1), 2, "not reached by the mean, but by 1 of 2 seeds"),
         (None, None, 2, "not reached"),
     ],
 )
-def test_seeds_that_do_not_match_are_said(x, seeds, asked, said):
-    assert match_cell(ToMatch("tokens", 4.0, x, 1000.0, seeds, asked)) == said
+def test_seeds_that_do_not_match_are_said(x, seeds, tried, expected):
+    assert match_cell(ToMatch("tokens", 4.0, x, 1000.0, seeds, tried)) == expected
 
 
 def test_what_is_not_known_about_noise_is_said(folders):
     runs = read_groups(folders)
-    assert "cannot tell how large a difference chance makes" in summarize_noise(runs, SILENT)
+    assert "cannot show how large a difference chance makes" in summarize_noise(runs, SILENT)
     one_seed = summarize_noise(runs, Noise(scatter=0.01, seeds=None))
-    assert one_seed.startswith("One seed each: differences below 0.010 nats should not be read as real")
-    assert "another seed moves a run is not measured" in one_seed
+    assert one_seed.startswith("One seed each: differences below 0.010 nats may be chance")
+    assert "another seed was not measured" in one_seed
     seeds = summarize_noise(runs, Noise(scatter=0.01, seeds=0.1, freedom=4))
-    assert "standard deviation of 0.100 nats (4 degrees of freedom)" in seeds
-    assert f"from {2.78 * 0.1 * math.sqrt(2):.3f} nats for 1 against 1 seeds" in seeds
+    assert "over seeds is 0.100 nats (4 degrees of freedom)" in seeds
+    assert f"must reach {2.78 * 0.1 * math.sqrt(2):.3f} nats for 1 against 1 seeds" in seeds
 
 
 def test_what_blurs_a_comparison_is_said_loudly(tmp_path):
@@ -145,22 +150,22 @@ def test_what_blurs_a_comparison_is_said_loudly(tmp_path):
     run = write_run(tmp_path / "odd", [5.0, 4.0], teacher=1.0, **odd)
     plain = write_run(tmp_path / "plain", [5.0, 4.0])
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("steps: 20", "steps: 99"))
-    said = "\n".join(comparison_warnings(read_groups([plain, run])))
-    assert "**Different model.vocab_size** (512 (plain), 600 (odd))" in said
-    assert "**Validated on different numbers of sequences** (40 (plain), 80 (odd))" in said
-    assert "odd was validated last at step 20 of 99" in said
-    assert "Read from a label cache that is gone by odd: its FLOPs are not counted" in said
-    assert "Seconds are not like for like: parallel.tensor differ" in said
+    warnings = "\n".join(comparison_warnings(read_groups([plain, run])))
+    assert "**Different model.vocab_size** (512 (plain), 600 (odd))" in warnings
+    assert "**Validated on different numbers of sequences** (40 (plain), 80 (odd))" in warnings
+    assert "the last validation of odd was at step 20 of 99" in warnings
+    assert "Labels from a cache that no longer exists (odd): the FLOPs of labelling are not counted" in warnings
+    assert "Seconds are not directly comparable: the runs differ in parallel.tensor" in warnings
 
 
 def test_other_content_of_the_training_data_is_said_though_the_path_is_the_same(folders):
     for folder, content in zip(folders, ("a", "b"), strict=True):
         write_checkpoint(folder, inputs={"data.valid": "v", "data.train": content})
-    (said,) = comparison_warnings(read_groups(folders))
-    assert said.startswith("**Different data.train** (a (control), b (concepts))")
+    (warning,) = comparison_warnings(read_groups(folders))
+    assert warning.startswith("**Different data.train** (a (control), b (concepts))")
 
 
-def test_a_clean_comparison_has_no_cautions(folders):
+def test_a_clean_comparison_has_no_warnings(folders):
     assert comparison_warnings(read_groups(folders)) == []
 
 
@@ -177,8 +182,8 @@ def test_the_page_embeds_plots_that_exist_and_names_its_command(folders, tmp_pat
 
 def test_runs_without_a_teacher_are_compared_at_equal_flops_once(tmp_path):
     runs = read_groups([write_run(tmp_path / name, [5.0, 4.0]) for name in ("one", "two")])
-    said = words(*runs, SILENT)
-    assert [text.split(" (")[0] for text in said[:3]] == [
+    sentences = summarize(*runs, SILENT)
+    assert [text.split(" (")[0] for text in sentences[:3]] == [
         "At equal tokens",
         "At equal student FLOPs",
         "At equal seconds",
@@ -191,10 +196,10 @@ def test_the_full_evaluation_is_in_the_table_and_is_quoted_where_both_have_it_at
     head, rows = results_table([control, concepts])
     assert head[2] == "held-out loss / ppl (all 1,024 windows)"
     assert [row[2] for row in rows] == ["–", "4.1000 / 60.34"]
-    assert "in the validation during training, **concepts** is" in words(concepts, control, SILENT)[0]
+    assert "in the validation during training, **concepts** is" in summarize(concepts, control, SILENT)[0]
 
     evaluate(folders[0], 4.15)
-    assert words(*reversed(read_groups(folders)), SILENT)[0] == (
+    assert summarize(*reversed(read_groups(folders)), SILENT)[0] == (
         "At equal tokens (4k), over all 1,024 held-out windows, **concepts** is lower than **control** "
         "by 0.050 nats (4.100 against 4.150; perplexity 4.9 % lower)."
     )
@@ -207,14 +212,14 @@ def test_an_early_evaluation_and_other_windows_are_said_in_the_table(folders):
     head, rows = results_table(runs)
     assert head[2] == "held-out loss / ppl (all 512 or 1,024 windows)"
     assert [row[2] for row in rows] == ["4.5000 / 90.02 at step 30, 1,024 windows", "4.1000 / 60.34, 512 windows"]
-    assert "in the validation during training" in words(*runs, SILENT)[0]
+    assert "in the validation during training" in summarize(*runs, SILENT)[0]
 
 
 def test_the_last_command_is_quoted_where_it_is_known(folders):
     start(folders[0], (1, "cpu"), (2, "cpu"))
     text = compose(read_groups(folders), "command")
-    said = "# control, as each of its processes (2 × cpu) was started last\nlauncher/pretrain.py --config 'my 1.yaml'\n"
-    assert said in text
+    expected = "# control: the last start of each process (2 × cpu)\nlauncher/pretrain.py --config 'my 1.yaml'\n"
+    assert expected in text
     assert f"deepspeed launcher/pretrain.py --config {folders[1] / 'config.yaml'} run=FOLDER" in text
 
 
@@ -223,9 +228,9 @@ def test_other_hardware_makes_seconds_incomparable(folders):
     start(folders[1], (2, "cpu"))
     assert comparison_warnings(read_groups(folders)) == []
     start(folders[1], (2, "cpu"), (1, "NVIDIA H200"))
-    (said,) = comparison_warnings(read_groups(folders))
-    assert said.startswith("**Seconds are not comparable**")
-    assert said.endswith("(2 × cpu (control), 2 × cpu, then 1 × NVIDIA H200 (concepts)).")
+    (warning,) = comparison_warnings(read_groups(folders))
+    assert warning.startswith("**Seconds are not comparable**")
+    assert warning.endswith("(2 × cpu (control), 2 × cpu, then 1 × NVIDIA H200 (concepts)).")
 
 
 def test_a_report_is_replaced_only_by_force(folders, tmp_path):
@@ -246,14 +251,14 @@ def test_runs_that_cannot_be_drawn_in_full_still_make_a_page(tmp_path, bad):
     lost = write_run(tmp_path / "lost", [5.0, bad], cost=0.0)
     evaluate(lost, bad)
     text = write_report(read_groups([single, lost]), tmp_path / "out", "command").read_text()
-    assert "At equal seconds: the validation points of lost and single share no stretch." in text
+    assert "At equal seconds: the validation points of lost and single do not overlap." in text
 
 
 def test_a_lost_run_among_many_still_makes_a_page(tmp_path):
     folders = [write_run(tmp_path / f"run{n}", [5.0, 4.0], model__hidden_size=8 * n) for n in range(1, 5)]
     lost = write_run(tmp_path / "lost", [5.0, math.nan])
     text = write_report(read_groups([*folders, lost]), tmp_path / "out", "command").read_text()
-    assert "| lost | lost | lost | lost |" in text
+    assert "| lost | not finite | not finite | not finite |" in text
 
 
 def test_a_seed_that_is_lost_loses_the_spread_and_not_the_page(tmp_path):
@@ -262,7 +267,7 @@ def test_a_seed_that_is_lost_loses_the_spread_and_not_the_page(tmp_path):
     metrics.write_text(metrics.read_text().replace('"valid_loss": 4.2', '"valid_loss": Infinity'))
     text = write_report(read_groups(folders), tmp_path / "out", "command").read_text()
     assert "inf / inf" in text
-    assert "| b | a (inf) | not reached (1 of 2 seeds do) |" in text
+    assert "| b | a (inf) | not reached by the mean, but by 1 of 2 seeds |" in text
 
 
 def test_many_groups_stand_in_rows_beside_the_first(tmp_path):
@@ -279,16 +284,16 @@ def test_many_groups_stand_in_rows_beside_the_first(tmp_path):
 def test_seeds_of_one_experiment_alone_make_a_page(tmp_path):
     text = compose(read_groups(write_seeds(tmp_path, "a", [4.0, 4.2])), "command")
     assert "4.1000 ± 0.1414" in text
-    assert "To match" not in text
+    assert "to match" not in text
 
 
 def test_two_runs_of_a_page_that_are_identical_are_said_to_be(tmp_path):
     folders = [write_run(tmp_path / name, [5.0, 4.0]) for name in ("one", "two")]
-    assert "identical" not in compose(read_groups(folders), "command")  # nothing says that their weights are
+    assert "identical" not in compose(read_groups(folders), "command")  # nothing shows that their weights are
     for folder in folders:
         write_checkpoint(folder, wte=torch.zeros(3))
-    said = "- **one** and **two** are identical to the bit: 2 training and 2 validation lines, and the weights of both"
-    assert said in compose(read_groups(folders), "command")
+    expected = "- **one** and **two** are identical to the bit: 2 training and 2 validation lines, and the weights"
+    assert expected in compose(read_groups(folders), "command")
     folders[1] = write_run(tmp_path / "three", [5.1, 4.0])
     assert "identical" not in compose(read_groups(folders), "command")
 
@@ -300,7 +305,7 @@ def test_names_that_would_touch_are_pushed_apart_in_their_order():
 
 def command_line(*arguments):
     script = Path(__file__).parents[2] / "tools" / "compare_runs.py"
-    return subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True)
+    return run_tool([script, *arguments], script.parent)
 
 
 def test_the_command_line_prints_where_to_look_and_refuses_in_one_line(folders, tmp_path):
@@ -319,5 +324,5 @@ def test_the_command_line_answers_whether_two_runs_are_identical(folders):
     write_checkpoint(folders[0], wte=torch.zeros(3))
     same, other = command_line(folders[0], folders[0], "--identical"), command_line(*folders, "--identical")
     assert (same.returncode, other.returncode) == (0, 1)
-    assert other.stdout == "differ first at step 10: loss 6.1 against 6.0.\n"
+    assert other.stdout == "first difference at step 10: loss 6.1 against 6.0.\n"
     assert command_line(*folders).stderr.startswith("error: give --out DIR")

@@ -22,16 +22,16 @@ def pair(tmp_path):
 
 
 def cells(folders):
-    head, rows, said = table_1(read_groups(folders))
+    head, rows, warnings = table_1(read_groups(folders))
     assert all(len(row) == len(head) for row in rows)
-    return [dict(zip(head, row, strict=True)) for row in rows], said
+    return [dict(zip(head, row, strict=True)) for row in rows], warnings
 
 
 def test_the_columns_are_the_papers_and_the_means_are_over_what_is_there(pair):
     write_tasks(pair[0], **ALL)
     write_tasks(pair[1], lambada_openai__perplexity=90.0, piqa__acc=0.5)
-    (a, b), said = cells(pair)
-    assert said == []
+    (a, b), warnings = cells(pair)
+    assert warnings == []
     assert list(a.values()) == [
         *("a", "2 × 64", "20.1", "100.0 ± 0.0", "50.0 ± 0.0", "25.0 ± 1.0", "50.0 ± 1.0", "37.5 ± 1.0", "37.5 ± 1.0"),
         *("50.0 ± 1.0", "56.7", "40.0"),
@@ -64,10 +64,10 @@ def test_the_held_out_evaluation_stands_in_where_all_have_it(pair):
 def test_a_task_that_was_measured_otherwise_is_not_compared(pair):
     write_tasks(pair[0], piqa__acc=0.5, arc_easy__acc=0.5)
     write_tasks(pair[1], piqa__acc=0.5, arc_easy__acc=0.5, sources={"piqa": "local 0a1b"})
-    (a, b), said = cells(pair)
+    (a, b), warnings = cells(pair)
     assert (a["PIQA acc ↑"], b["PIQA acc ↑"], b["ARC-E acc ↑"]) == ("–", "–", "50.0 ± 1.0")
-    assert said == [
-        "**Not compared: piqa**, because it was not measured alike: source hub (a), local 0a1b (b).",
+    assert warnings == [
+        "**Not compared: piqa**, because the conditions differ: source hub (a), local 0a1b (b).",
     ]
 
 
@@ -75,7 +75,7 @@ def test_the_tasks_of_the_highest_step_count_and_an_early_step_is_said(pair, cap
     write_tasks(pair[0], step=10, piqa__acc=0.1)
     write_tasks(pair[0], step=30, piqa__acc=0.5)
     (pair[0] / "evals/tasks/step-00000035.json").write_text('{"step": 35')
-    (a, _), said = cells(pair)
+    (a, _), warnings = cells(pair)
     assert a["PIQA acc ↑"] == "50.0 ± 1.0"
-    assert said == ["Tasks were not evaluated at the last validated step: a at step 30 of 40."]
-    assert "is left out" in caplog.text
+    assert warnings == ["Tasks were not evaluated at the last validated step: a at step 30 of 40."]
+    assert "is skipped" in caplog.text

@@ -1,4 +1,4 @@
-"""method.name: what each name sets, over any recipe, and what compositions are refused."""
+"""method.name: the options that each name sets, on top of any recipe, and the combinations that are refused."""
 
 import re
 
@@ -19,7 +19,7 @@ WRITTEN = ["method.predict=hidden", "method.mix=pause", "method.placement=add", 
 
 @pytest.fixture
 def written(root, tmp_path):
-    """A recipe that writes out every option that presets set."""
+    """A recipe that writes out every option that a preset sets."""
     path = tmp_path / "recipe.yaml"
     text = (root / "configs/tiny.yaml").read_text()
     more = "predict: hidden, mix: pause, placement: add, label_source: random, concept_weight: 0.7, kd_weight: 0.3"
@@ -68,7 +68,7 @@ def test_methods_without_a_head_are_as_wide_as_the_control(root, name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_that_needs_a_teacher_says_what_is_missing(tmp_path, name):
+def test_a_preset_that_needs_a_teacher_reports_what_is_missing(tmp_path, name):
     values = tiny.values(tmp_path)
     values["method"]["name"] = name
     without = build_config({key: value for key, value in values.items() if key != "teacher"})
@@ -86,7 +86,7 @@ def test_a_preset_that_needs_a_teacher_says_what_is_missing(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "problem"),
     [
         ({"name": "ntp", "mix": "predicted"}, "Use method.mix=pause or method.mix=nothing"),
         ({"name": "predict-only", "concept_weight": 0.0}, "Use method.predict=nothing"),
@@ -101,10 +101,10 @@ def test_a_preset_that_needs_a_teacher_says_what_is_missing(tmp_path, name):
     ],
     ids=str,
 )
-def test_a_composition_that_cannot_be_is_refused_with_what_can(tmp_path, method, said):
+def test_a_composition_that_cannot_be_is_refused_with_what_can(tmp_path, method, problem):
     with pytest.raises(UserError) as caught:
         check_config(tiny.config(tmp_path, method=method), 1)
-    assert any(said in line for line in caught.value.problems)
+    assert any(problem in line for line in caught.value.problems)
 
 
 def test_slots_that_a_tensor_ranks_positions_do_not_divide_into_are_refused(tmp_path):

@@ -43,7 +43,7 @@ def test_a_truncated_shard_is_refused_before_training(folder, tmp_path):
 def test_data_of_a_larger_vocabulary_than_the_models_is_refused(folder, tmp_path):
     problems = refusal(tiny.config(folder, data={"train": str(prepared(tmp_path))}))
     assert "Nearest valid: 50257" in problems[0]
-    assert "the teacher one of 97" in problems[1]
+    assert "the teacher's is 97" in problems[1]
 
 
 def test_data_of_another_tokenizer_is_refused(folder, tmp_path, root):

@@ -15,6 +15,7 @@ from megacocomix.data.prepare import is_validation, prepare_data, train_tokenize
 from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.data.tokens import ShardWriter, TokenShards
 from megacocomix.errors import UserError
+from processes import run_tool
 
 CHECKOUT = Path(__file__).parents[2]
 TEXTS = [f"Document {i}.\n" + f"It says {i} and  {i * i} — naïvely.\n\n" * (i % 7) + "End." for i in range(60)]
@@ -29,7 +30,7 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def many_small_steps(monkeypatch):
-    """Work that takes seconds in real use happens here within a few kilobytes."""
+    """Batches of 500 characters, and a commit after each batch: a small corpus takes many steps."""
     monkeypatch.setattr(prepare, "BATCH_CHARS", 500)
     monkeypatch.setattr(prepare, "COMMIT_SECONDS", 0)
 
@@ -47,9 +48,8 @@ def tokens(folder):
     return shards.read(0, len(shards)).tolist()
 
 
-def run_tool(*arguments):
-    command = [sys.executable, CHECKOUT / "tools" / "prepare_data.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+def command_line(*arguments):
+    return run_tool([CHECKOUT / "tools" / "prepare_data.py", *arguments], CHECKOUT)
 
 
 def test_documents_are_kept_in_order_each_ended_by_end_of_text(corpus, tmp_path):
@@ -99,12 +99,12 @@ def test_an_interruption_changes_no_byte(corpus, tmp_path, many_small_steps, mon
 
     monkeypatch.setattr(prepare, "read_documents", break_off)
     with pytest.raises(KeyboardInterrupt):
-        prepare_data([corpus], tmp_path / "cut", **options)
+        prepare_data([corpus], tmp_path / "interrupted", **options)
     with pytest.raises(UserError, match="did not finish"):
-        TokenShards.open(tmp_path / "cut" / "train")
+        TokenShards.open(tmp_path / "interrupted" / "train")
     monkeypatch.setattr(prepare, "read_documents", read)
-    prepare_data([corpus], tmp_path / "cut", **options)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    prepare_data([corpus], tmp_path / "interrupted", **options)
+    assert contents(tmp_path / "interrupted") == contents(tmp_path / "whole")
 
 
 def test_a_killed_process_is_continued_not_repeated(tmp_path):
@@ -118,8 +118,8 @@ def test_a_killed_process_is_continued_not_repeated(tmp_path):
         "if __name__ == '__main__':\n"
         f"    prepare.prepare_data([{str(corpus)!r}], sys.argv[1], 'gpt2', 0.1, 2, shard_tokens=20_000)\n"
     )
-    process = subprocess.Popen([sys.executable, script, tmp_path / "cut"], stderr=subprocess.DEVNULL)
-    state = tmp_path / "cut" / ".partial" / "state.json"
+    process = subprocess.Popen([sys.executable, script, tmp_path / "interrupted"], stderr=subprocess.DEVNULL)
+    state = tmp_path / "interrupted" / ".partial" / "state.json"
     while not (state.exists() and json.loads(state.read_bytes())["chunks"] > 200):
         assert process.poll() is None, "finished before it was killed"
         time.sleep(0.01)
@@ -128,9 +128,9 @@ def test_a_killed_process_is_continued_not_repeated(tmp_path):
     done = json.loads(state.read_bytes())["chunks"]
     assert 200 < done < 2400
     options = {"tokenizer": "gpt2", "valid": 0.1, "shard_tokens": 20_000}
-    prepare_data([corpus], tmp_path / "cut", **options)
+    prepare_data([corpus], tmp_path / "interrupted", **options)
     prepare_data([corpus], tmp_path / "whole", **options)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "interrupted") == contents(tmp_path / "whole")
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_is_done(corpus, tmp_path, many_small_steps, monkeypatch):
@@ -240,7 +240,7 @@ BAD_FILES = {
     "number.jsonl": (b'{"text": 3}\n', "line 1: field 'text' holds int"),
     "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "line 1: .* not valid Unicode"),
     "latin.txt": (b"fine\ncaf\xe9\n", r"latin\.txt line 2 is not UTF-8"),
-    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 100)[:-10], r"cut\.jsonl\.gz cannot be read"),
+    "truncated.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 100)[:-10], r"truncated\.jsonl\.gz cannot be read"),
     "plain.jsonl.gz": (b'{"text": "a"}\n', r"plain\.jsonl\.gz cannot be read"),
     "broken.parquet": (b"PAR1 no", r"broken\.parquet cannot be read"),
     "empty.txt": (b"", "no text"),
@@ -250,15 +250,15 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_are_one_line_and_do_not_stand_in_the_way_of_a_mended_one(tmp_path, name):
+def test_bad_files_are_one_line_and_do_not_prevent_a_later_attempt_with_a_fixed_one(tmp_path, name):
     content, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         prepare_data([tmp_path / name], tmp_path / "out", "gpt2")
     assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
-    write_jsonl(tmp_path / "mended.jsonl", TEXTS)
-    prepare_data([tmp_path / "mended.jsonl"], tmp_path / "out", "gpt2")
-    prepare_data([tmp_path / "mended.jsonl"], tmp_path / "fresh", "gpt2")
+    write_jsonl(tmp_path / "fixed.jsonl", TEXTS)
+    prepare_data([tmp_path / "fixed.jsonl"], tmp_path / "out", "gpt2")
+    prepare_data([tmp_path / "fixed.jsonl"], tmp_path / "fresh", "gpt2")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
@@ -293,12 +293,12 @@ def test_a_split_that_gets_no_document_is_refused(tmp_path):
         prepare_data([tmp_path / "c.jsonl"], tmp_path / "out", "gpt2", valid=1e-6)
 
 
-def test_command_line_prepares_says_when_complete_and_refuses_with_one_line(corpus, tmp_path):
+def test_command_line_prepares_reports_when_complete_and_refuses_with_one_line(corpus, tmp_path):
     arguments = (corpus, "--out", tmp_path / "out", "--tokenizer", "gpt2", "--valid", "0.3", "--workers", "1")
-    first, second = run_tool(*arguments), run_tool(*arguments)
+    first, second = command_line(*arguments), command_line(*arguments)
     assert first.returncode == second.returncode == 0, first.stderr
     assert "already complete" in second.stdout and "already complete" not in first.stdout
-    refused = run_tool(corpus, "--out", tmp_path / "out", "--tokenizer", tmp_path / "nowhere")
+    refused = command_line(corpus, "--out", tmp_path / "out", "--tokenizer", tmp_path / "nowhere")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: tokenizer") and refused.stderr.count("\n") == 1
 
@@ -312,6 +312,6 @@ def test_no_copy_of_the_corpus_is_left_in_the_home_directory(corpus, tmp_path, m
     for name in ("HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(home))
-    result = run_tool(tmp_path / "saved", corpus, "--out", tmp_path / "out", "--tokenizer", "gpt2")
+    result = command_line(tmp_path / "saved", corpus, "--out", tmp_path / "out", "--tokenizer", "gpt2")
     assert result.returncode == 0, result.stderr
     assert [name for _, _, names in os.walk(home) for name in names] == []

@@ -102,7 +102,7 @@ def test_trained_tokenizer_is_never_overwritten(sentencepiece_model):
         (PROSE, -1, "vocab-size"),
     ],
 )
-def test_training_says_which_vocabulary_sizes_suit(tmp_path, documents, size, message):
+def test_errors_name_a_vocabulary_size_that_suits(tmp_path, documents, size, message):
     with pytest.raises(UserError, match=message):
         train_sentencepiece(documents, tmp_path / "x.model", size)
     assert list(tmp_path.iterdir()) == []

@@ -135,13 +135,13 @@ def test_too_few_tokens_for_a_window_are_refused(tmp_path):
 
 def test_a_writer_goes_on_from_its_last_flush(tmp_path):
     expected = write_split(tmp_path / "whole")
-    writer = ShardWriter(tmp_path / "cut", np.dtype("<u2"), 300)
+    writer = ShardWriter(tmp_path / "interrupted", np.dtype("<u2"), 300)
     writer.append(np.arange(450))
     progress = writer.flush()
     writer.append(np.arange(450, 700))  # never recorded: written again below
     writer.close()
-    writer = ShardWriter(tmp_path / "cut", np.dtype("<u2"), 300, **progress)
+    writer = ShardWriter(tmp_path / "interrupted", np.dtype("<u2"), 300, **progress)
     writer.append(np.arange(450, 1000))
     writer.finish(SETTINGS)
     for file in expected.iterdir():
-        assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes()
+        assert file.read_bytes() == (tmp_path / "interrupted" / file.name).read_bytes()

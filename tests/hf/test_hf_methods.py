@@ -1,4 +1,4 @@
-"""Exported folders of every preset: the same logits, the same with a cache, the same beside padding, and back again."""
+"""Exported folders of every preset: the same logits, also with a cache or padding, and the same model read back."""
 
 import pytest
 import torch
@@ -24,15 +24,15 @@ PLAIN = ("ntp", "kd")
 
 @pytest.fixture(scope="module", params=METHODS)
 def pair(request, tmp_path_factory):
-    """Our model, the folder it was exported to, and what transformers makes of it."""
+    """Our model, its exported folder, and the model that transformers loads from it."""
     model = GPT2(SHAPE, tiny.method(**METHODS[request.param]))
     initialise(model, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(5) if parameter.dim() > 1 else parameter.add_(0.1 * len(name) / 20)
     folder = tmp_path_factory.mktemp("methods") / "out"
-    proof = export_hf(LoadedModel(model.eval(), SHAPE, None, "", "source"), folder, "gpt2")
-    assert proof.logit < 1e-5
+    parity = export_hf(LoadedModel(model.eval(), SHAPE, None, "", "source"), folder, "gpt2")
+    assert parity.logit < 1e-5
     model_class = GPT2LMHeadModel if request.param in PLAIN else CocomixForCausalLM
     return model, folder, model_class.from_pretrained(folder).eval()
 
@@ -53,7 +53,7 @@ def test_logits_are_those_of_our_model(pair, length):
 
 
 @torch.no_grad()
-def test_a_cache_filled_in_pieces_changes_nothing(pair):
+def test_a_cache_filled_in_chunks_changes_nothing(pair):
     ours, _, theirs = pair
     token_ids, cache, found = tokens(2, 40), None, []
     for start, stop in ((0, 5), (5, 6), (6, 7), (7, 20), (20, 40)):

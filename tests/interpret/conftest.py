@@ -9,6 +9,7 @@ import pytest
 from fake_readings import LIVE, WIDE, Stub, record
 from serving import make_student, serving
 
+import tiny
 from megacocomix.interpret.page import render
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
@@ -78,3 +79,10 @@ def client(student):
     """Of a server of the student."""
     with serving(student) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def with_header(folder):
+    """The inputs of a tiny run, and told.safetensors, an autoencoder whose header records what it was trained for."""
+    tiny.make_sae(folder / "told.safetensors", sae_layer=1, location="resid_post_mlp")
+    return folder

@@ -1,4 +1,4 @@
-"""What the tests of the page show in it: a made-up record, a made-up server, and a reader who clicks and types."""
+"""What the tests of the page show in it: a fake record, a fake server, and a reader who clicks and types."""
 
 import json
 import time
@@ -11,12 +11,12 @@ IMAGE = "<img src=x onerror=window.pwned=2>"
 HOSTILE = [SCRIPT, IMAGE, "<!--<script>", "\u2028", "\u2029", "🦊", "", "{{script}}", "&amp;", "\n", "x" * 300]
 STORY = [" Lily", " had", " a", " red", " ball", ".", "\n", " She", " ran", "."]
 TOKENS = [STORY, [*HOSTILE, " Lily"], STORY]
-LILY, BALL, RUN, SELDOM = 12, 7, 31, 40  # concepts of the made-up record; RUN is labelled but never kept
+LILY, BALL, RUN, SELDOM = 12, 7, 31, 40  # concepts of the fake record; RUN is labelled but never kept
 LIVE = {"context": 256, "max_new_tokens": 128, "num_concepts": 64}
 
 
 def kept_at(token: str, window: int) -> list:
-    """What the made-up student keeps: Lily at her name, weaker by the window, and a ball everywhere."""
+    """What the fake student keeps: Lily at her name, weaker by the window, and a ball everywhere."""
     found = [[LILY, 9.0 - window]] if token in (" Lily", " She") else []
     return [*found, [BALL, 4.5], [SELDOM, 1.25]] if token != " a" else []  # no slot there
 
@@ -67,15 +67,15 @@ def record(**changes) -> dict:
 
 
 def event_lines(request: dict) -> list[dict]:
-    """What the made-up server answers. At a scale of 1 nothing changes."""
+    """What the fake server answers. At a scale of 1 nothing changes."""
     steered = [int(edit.split("=")[0]) for edit in request.get("steer", [])]
     works = any(not edit.endswith("=1") for edit in request.get("steer", []))
     lines = [{"event": "queued", "ahead": 1}, {"event": "start", "prompt": ["Once", " 🦊"], "cut": 12}]
-    words = {"plain": [" Lily", " 🦊", "\n", SCRIPT], "steered": [" Lily", " girl" if works else " 🦊", "\n", SCRIPT]}
+    texts = {"plain": [" Lily", " 🦊", "\n", SCRIPT], "steered": [" Lily", " girl" if works else " 🦊", "\n", SCRIPT]}
     for name in ["plain", "steered"] if steered else ["plain"]:
         kl = 0.25 if works and name == "steered" else 0.0
         lines += [
-            {"event": "token", "stream": name, "text": text, "kl": kl, "kept": kept_at(text, 0)} for text in words[name]
+            {"event": "token", "stream": name, "text": text, "kl": kl, "kept": kept_at(text, 0)} for text in texts[name]
         ]
         selected = {str(id): 3 if works else 0 for id in steered} if name == "steered" else {}
         lines += [
@@ -85,7 +85,7 @@ def event_lines(request: dict) -> list[dict]:
 
 
 class Stub(BaseHTTPRequestHandler):
-    """A server of the page whose answer depends on the prompt; it writes lines in pieces that end anywhere."""
+    """A server of the page whose answer depends on the prompt; it writes lines in chunks that end anywhere."""
 
     def do_GET(self):
         self._start(200, "text/html; charset=utf-8")
@@ -111,7 +111,7 @@ class Stub(BaseHTTPRequestHandler):
             case _:
                 self._start(200, "application/x-ndjson")
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in event_lines(request)).encode()
-                for start in range(0, len(text), 11):  # a fox has four bytes: some pieces end inside one
+                for start in range(0, len(text), 11):  # a fox has four bytes: some chunks end inside one
                     self.wfile.write(text[start : start + 11])
                     time.sleep(0.001)
 
@@ -147,9 +147,9 @@ def where(condition) -> list[int]:
     return [index for index, token in enumerate(flat) if condition(token)]
 
 
-def choose(page, words):
+def choose(page, text):
     page.keyboard.press("/")
-    page.keyboard.type(words)
+    page.keyboard.type(text)
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
 
@@ -161,5 +161,5 @@ def generate(page, prompt="Once", **fields):
     page.get_by_test_id("generate").click()
 
 
-def status_becomes(page, words):
-    page.get_by_test_id("status").get_by_text(words).wait_for()
+def status_becomes(page, text):
+    page.get_by_test_id("status").get_by_text(text).wait_for()

@@ -104,9 +104,9 @@ def test_a_token_is_spelled_as_inside_a_sentence(spelling, root):
     assert spelling(spelling.tokenizer.eot_id) == "<|endoftext|>"
     half = spelling.tokenizer.encode_batch(["😀"])[0][0]
     assert spelling(half) == "‹byte›"
-    pieces = Spelling(load_tokenizer(root / "assets/teacher/tokenizer.model"))
-    (token,) = pieces.tokenizer.encode_batch([" the"])[0][-1:]
-    assert pieces(token) == " the" and pieces(pieces.tokenizer.eot_id) == "<|endoftext|>"
+    sentencepiece = Spelling(load_tokenizer(root / "assets/teacher/tokenizer.model"))
+    (token,) = sentencepiece.tokenizer.encode_batch([" the"])[0][-1:]
+    assert sentencepiece(token) == " the" and sentencepiece(sentencepiece.tokenizer.eot_id) == "<|endoftext|>"
 
 
 def test_parts_of_characters_are_not_in_a_name(spelling):

@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 
@@ -14,6 +12,7 @@ from megacocomix.interpret.decode import Sampling
 from megacocomix.interpret.generation import Decoder, Text, parse_at, read_prompts
 from megacocomix.interpret.steering import Edit
 from megacocomix.interpret.token_text import TextStream, token_texts
+from processes import run_tool
 
 
 def written(edits, ids=(3, 1, 4), **sampling):
@@ -55,8 +54,8 @@ def test_pieces_of_tokens_are_the_text(root, name, text):
     (ids,) = tokenizer.encode_batch([text])
     assert len(token_texts(tokenizer, ids)) == len(ids)
     assert "".join(token_texts(tokenizer, ids)) == text
-    if "\ufffd" not in text:  # no piece shows a half of a character
-        assert not any("\ufffd" in piece for piece in token_texts(tokenizer, ids))
+    if "\ufffd" not in text:  # no text shows half of a character
+        assert not any("\ufffd" in each for each in token_texts(tokenizer, ids))
 
 
 def test_the_text_after_a_prompt_goes_on_where_the_prompt_ends():
@@ -85,9 +84,9 @@ def test_bytes_that_are_no_text_are_not_held_back_for_ever():
     tokenizer = load_tokenizer("gpt2")
     ids = [tokenizer.encode_batch(["🙂"])[0][0]] * 12
     stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in ids]
-    assert any(pieces[:5])
-    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids)
+    texts = [stream.push(token) for token in ids]
+    assert any(texts[:5])
+    assert "".join(texts) + stream.flush() == tokenizer.decode(ids)
 
 
 def test_prompts_are_lines_or_json_lines(tmp_path):
@@ -98,7 +97,7 @@ def test_prompts_are_lines_or_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.txt", b"\n \n", "holds no prompt"),
         ("a.txt", b"\xff\xfe", "not UTF-8"),
@@ -108,9 +107,9 @@ def test_prompts_are_lines_or_json_lines(tmp_path):
         ("a.jsonl", b'{"prompt": "\\ud800"}\n', "line 1 holds half a character"),
     ],
 )
-def test_prompts_that_are_none_are_named(tmp_path, name, content, said):
+def test_prompts_that_are_none_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_prompts(tmp_path / name)
 
 
@@ -152,9 +151,7 @@ def exported(tmp_path_factory):
 
 def run(root, *arguments):
     """tools/generate.py → exit code, standard output and standard error."""
-    done = subprocess.run(
-        [sys.executable, root / "tools/generate.py", *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+    done = run_tool([root / "tools/generate.py", *arguments], root)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -169,10 +166,10 @@ def test_the_command_writes_the_same_texts_as_it_prints(root, exported, tmp_path
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["seed"] for line in lines] == [7, 8, 9, 10]
     assert [line["prompt_tokens_cut"] > 0 for line in lines] == [False, False, True, True]
-    code, said, err = run(root, student, "--prompt", "One", *common)
+    code, printed, err = run(root, student, "--prompt", "One", *common)
     assert code == 0, err
-    assert said.startswith("One" + lines[0]["text"])
-    assert "3=8 before selection" in said
+    assert printed.startswith("One" + lines[0]["text"])
+    assert "3=8 before selection" in printed
     code, _, err = run(root, student, "--prompt", "One", "--out", out)
     assert code == 2 and "exists already" in err
 
@@ -180,15 +177,15 @@ def test_the_command_writes_the_same_texts_as_it_prints(root, exported, tmp_path
 @pytest.mark.slow
 def test_side_by_side_shows_student_and_teacher_with_and_without(root, exported):
     common = [exported / "student", "--prompt", "One", "--max-new-tokens", "5", "--steer", "3=min:30", "--side-by-side"]
-    code, said, err = run(root, *common, "--teacher", exported / "teacher", "--sae", exported / "sae.safetensors")
+    code, printed, err = run(root, *common, "--teacher", exported / "teacher", "--sae", exported / "sae.safetensors")
     assert code == 0, err
-    heads = [line for line in said.splitlines() if line.startswith("== ")]
+    heads = [line for line in printed.splitlines() if line.startswith("== ")]
     assert heads == [
         "== student, seed 0",
         "== student, seed 0, steered 3=min:30",
         "== teacher, seed 0",
         "== teacher, seed 0, steered 3=min:30",
     ]
-    assert said.count("KL from unsteered") == 2 and "3 active at 5 of 5 steps" in said
+    assert printed.count("KL from unsteered") == 2 and "3 active at 5 of 5 steps" in printed
     code, _, err = run(root, *common)
     assert code == 2 and "give --teacher DIR --sae FILE" in err

@@ -15,43 +15,38 @@ from megacocomix.interpret.page import render
 from megacocomix.interpret.teacher_labels import ALONE, open_teacher_labels, teacher_labels_notes
 
 
-@pytest.fixture(scope="module")
-def guided(folder):
-    """The inputs of a tiny run, its autoencoder with a header that says what it is of."""
-    tiny.make_sae(folder / "told.safetensors", sae_layer=1, location="resid_post_mlp")
-    return folder
-
-
-def test_a_run_is_labelled_as_its_config_says(guided):
-    student = make_student(guided, tiny.config(guided, method={"label_source": "activation", "num_labels": 2}))
+def test_a_run_is_labelled_as_its_config_says(with_header):
+    student = make_student(
+        with_header, tiny.config(with_header, method={"label_source": "activation", "num_labels": 2})
+    )
     source = open_teacher_labels(student)
     assert source.as_dict() == {
-        "model": str(guided / "teacher"),
-        "sae": str(guided / "sae.safetensors"),
+        "model": str(with_header / "teacher"),
+        "sae": str(with_header / "sae.safetensors"),
         "num_labels": 2,
         "label_source": "activation",
         "label_sign": "positive",
     }
-    moved = open_teacher_labels(student, str(guided / "teacher"), str(guided / "told.safetensors"))
-    assert moved.sae == str(guided / "told.safetensors") and moved.labeler.settings.source == "activation"
+    moved = open_teacher_labels(student, str(with_header / "teacher"), str(with_header / "told.safetensors"))
+    assert moved.sae == str(with_header / "told.safetensors") and moved.labeler.settings.source == "activation"
     assert teacher_labels_notes(student, source) == []
 
 
-def test_a_run_whose_teacher_is_gone_says_how_to_go_on(guided):
-    student = make_student(guided, tiny.config(guided, teacher={"model": str(guided / "gone")}))
+def test_a_run_whose_teacher_is_gone_says_how_to_go_on(with_header):
+    student = make_student(with_header, tiny.config(with_header, teacher={"model": str(with_header / "gone")}))
     with pytest.raises(UserError, match="gone") as caught:
         open_teacher_labels(student, remedy=ALONE)
     assert "--no-teacher" in caught.value.problems[-1]
 
 
-def test_a_student_that_had_no_labels_is_read_alone(guided):
-    student = make_student(guided, tiny.config(guided, method={"name": "mix-only"}))
+def test_a_student_that_had_no_labels_is_read_alone(with_header):
+    student = make_student(with_header, tiny.config(with_header, method={"name": "mix-only"}))
     assert open_teacher_labels(student) is None and "without concept labels" in teacher_labels_notes(student, None)[0]
-    folder = make_student(guided)
+    folder = make_student(with_header)
     assert open_teacher_labels(folder) is None and "--teacher DIR --sae FILE" in teacher_labels_notes(folder, None)[0]
 
 
-MISFITS = {
+MISMATCHES = {
     "width": ({"width": 20}, "reads width 20"),
     "latents": ({"latents": 50}, "has 50 latents"),
     "layer": ({"sae_layer": 7}, "layer 7"),
@@ -60,20 +55,20 @@ MISFITS = {
 }
 
 
-@pytest.mark.parametrize("misfit", MISFITS)
-def test_an_autoencoder_that_does_not_fit_is_refused(guided, tmp_path, misfit):
-    change, what = MISFITS[misfit]
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_an_autoencoder_that_does_not_fit_is_refused(with_header, tmp_path, mismatch):
+    change, what = MISMATCHES[mismatch]
     tiny.make_sae(tmp_path / "s.safetensors", **{"sae_layer": 1, "location": "resid_post_mlp"} | change)
     with pytest.raises(UserError, match=what):
-        open_teacher_labels(make_student(tmp_path), str(guided / "teacher"), str(tmp_path / "s.safetensors"))
+        open_teacher_labels(make_student(tmp_path), str(with_header / "teacher"), str(tmp_path / "s.safetensors"))
 
 
-def test_an_autoencoder_that_does_not_say_its_layer_and_half_a_teacher_are_refused(guided):
-    student = make_student(guided)
+def test_an_autoencoder_that_does_not_say_its_layer_and_half_a_teacher_are_refused(with_header):
+    student = make_student(with_header)
     with pytest.raises(UserError, match="sae_layer and location"):
-        open_teacher_labels(student, str(guided / "teacher"), str(guided / "sae.safetensors"))
+        open_teacher_labels(student, str(with_header / "teacher"), str(with_header / "sae.safetensors"))
     with pytest.raises(UserError, match="go together"):
-        open_teacher_labels(student, str(guided / "teacher"))
+        open_teacher_labels(student, str(with_header / "teacher"))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +134,7 @@ def test_the_tool_prints_cards_of_single_concepts(tool, exported, tmp_path, caps
     assert f"kept at {first['kept']:,} positions" in printed and first["name"] in printed
     assert f"⟦{first['contexts'][0]['token']}⟧" in printed
     assert f"concept {never}: never kept in this text" in printed
-    assert "note" in printed and "does not say its teacher" not in printed
+    assert "note" in printed and "does not record its teacher" not in printed
 
 
 MISTAKES = {

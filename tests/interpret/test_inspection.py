@@ -1,4 +1,4 @@
-"""What is said of concepts is what a plain count over the dense logits, window by window, says."""
+"""The statistics of concepts equal a plain count over the dense logits, window by window."""
 
 import json
 import math
@@ -25,19 +25,12 @@ from megacocomix.interpret.teacher_labels import open_teacher_labels
 from megacocomix.model.losses import MASKED
 
 
-@pytest.fixture(scope="module")
-def guided(folder):
-    """The inputs of a tiny run, its autoencoder with a header that says what it is of."""
-    tiny.make_sae(folder / "told.safetensors", sae_layer=1, location="resid_post_mlp")
-    return folder
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["every slot", "every second"])
-def case(request, guided):
+def case(request, with_header):
     """A student, the reading of a text with its teacher, the record."""
-    student = make_student(guided, num_kept=5, interleave_every=request.param)
-    source = open_teacher_labels(student, str(guided / "teacher"), str(guided / "told.safetensors"))
-    windows = cut_windows(student, [write_text(guided / "text.jsonl", documents())], 1000)
+    student = make_student(with_header, num_kept=5, interleave_every=request.param)
+    source = open_teacher_labels(student, str(with_header / "teacher"), str(with_header / "told.safetensors"))
+    windows = cut_windows(student, [write_text(with_header / "text.jsonl", documents())], 1000)
     reading = read_windows(student, windows, source)
     return student, source, reading, inspect(student, reading, {3: "mine"}, 30)
 
@@ -254,7 +247,7 @@ def test_a_record_is_read_as_it_was_written_and_nothing_else_is_one(case, tmp_pa
     with pytest.raises(UserError, match="version 2"):
         read_inspection(tmp_path / "r.json")
     (tmp_path / "r.json").write_text("[]")
-    with pytest.raises(UserError, match="no inspection record"):
+    with pytest.raises(UserError, match=r"missing or damaged .* tools/inspect_concepts.py --out"):
         read_inspection(tmp_path / "r.json")
 
 
@@ -275,8 +268,8 @@ def test_no_more_tokens_are_read_than_asked_for_and_that_is_said(tmp_path):
     files = [write_text(tmp_path / f"{name}.jsonl", documents()[:2]) for name in "abc"]
     windows = cut_windows(student, files, 60)
     assert sum(map(len, windows.tokens)) == 60 and windows.texts == files[:2] and windows.text[-1] == 1
-    cut = "only the first 60 tokens are read: --tokens N reads more"
-    assert windows.notes[1:] == [cut, f"not reached: {files[2]}"]
+    limit = "only the first 60 tokens are read: --tokens N reads more"
+    assert windows.notes[1:] == [limit, f"not reached: {files[2]}"]
     exactly = cut_windows(student, files, 3 * 56)
     assert exactly.texts == files and len(exactly.notes) == 1
     assert cut_windows(student, files, 56).notes[1:] == [

@@ -226,6 +226,6 @@ def test_a_stopped_server_tells_who_runs_and_who_waits(student, stepper):
         client.stop()
         last = [list(stream)[-1] for stream in streams]
         stepper.step()  # the one that is being computed
-    assert last == [{"event": "error", "message": "the server is being stopped."}] * 2
+    assert last == [{"event": "error", "message": "the server is stopping."}] * 2
     assert stepper.closed.get(timeout=WAIT) == "a"
     assert stepper.num_steps == 1

@@ -60,11 +60,11 @@ def test_a_file_asks_the_network_for_nothing(open_page):
 
 def test_hostile_text_is_shown_as_text_and_runs_nothing(open_page):
     page = open_page()
-    for words in [IMAGE[:8], "lily", "seldom"]:
-        choose(page, words)
+    for text in [IMAGE[:8], "lily", "seldom"]:
+        choose(page, text)
         page.get_by_test_id("search").fill("")
-    pieces = text_tokens(page).evaluate_all("all => all.map((token) => token.textContent)")
-    assert pieces == [token for tokens in TOKENS for token in tokens]
+    texts = text_tokens(page).evaluate_all("all => all.map((token) => token.textContent)")
+    assert texts == [token for tokens in TOKENS for token in tokens]
     assert SCRIPT in page.get_by_test_id("card").text_content()
     assert page.locator("h1").text_content().find(IMAGE) > 0
     assert page.evaluate("[window.pwned, document.images.length, document.scripts.length]") == [None, 0, 3]

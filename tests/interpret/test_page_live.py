@@ -44,9 +44,9 @@ def test_steering_goes_from_the_concept_to_both_texts_and_back(open_page, server
     assert plain.locator(".tokens").text_content() == f"Once 🦊 Lily 🦊\n{SCRIPT}"
     assert steered.locator(".tokens").text_content() == f"Once 🦊 Lily girl\n{SCRIPT}"
     assert plain.locator("[data-heat]").all_text_contents() == [" Lily"]
-    assert page.get_by_text("12 tokens of the prompt were cut: the context is 256.").is_visible()
+    assert page.get_by_text("12 tokens of the prompt were dropped: the context is 256.").is_visible()
     effect = page.get_by_test_id("effect").inner_text()
-    assert "The texts part at new token 2. Mean KL of steered from plain: 0.25 nats a token." in effect
+    assert "The texts differ from new token 2 on. Mean KL of steered from plain: 0.25 nats a token." in effect
     assert f"{LILY} ‘the girl’ was selected at 3 of 4 steps." in effect
     steered.get_by_test_id("token").nth(0).hover()
     page.get_by_test_id("hover").get_by_text("new token 1 · KL 0.25 nats").wait_for()
@@ -94,7 +94,7 @@ def test_waiting_is_said_and_stop_leaves_the_server(open_page, server):
     [
         ("too long", "The request has 70000 bytes; at most 65536 are read."),
         ("fails", "concept <b>99</b> does not exist"),
-        ("breaks off", "The answer broke off before its end."),
+        ("breaks off", "The answer was truncated."),
     ],
 )
 def test_what_goes_wrong_is_shown_as_text(open_page, server, prompt, says):

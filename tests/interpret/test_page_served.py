@@ -27,8 +27,8 @@ def made(student, tmp_path_factory):
 def text_of(student, steps, place):
     """What a text of one stream reads as."""
     stream = TextStream(student.tokenizer, student.tokenizer.encode_batch([PROMPT])[0])
-    pieces = [stream.push(step[place].token) for step in steps if step[place] and not step[place].is_end]
-    return "".join(pieces) + stream.flush()
+    texts = [stream.push(step[place].token) for step in steps if step[place] and not step[place].is_end]
+    return "".join(texts) + stream.flush()
 
 
 def test_a_steering_round_trip_shows_what_the_model_writes(open_page, student, made, tmp_path):

@@ -24,8 +24,8 @@ TOKEN = "a-token-of-this-test"
 def test_a_large_body_is_refused(client):
     large = b'{"prompt": "' + b"x" * Limits.max_bytes + b'"}'
     assert client.refusal(large) == (413, "the body is larger than 65,536 bytes.")
-    pieces = (large[n : n + 1000] for n in range(0, len(large), 1000))  # sent in chunks, without a length
-    assert client.refusal(pieces)[0] == 413
+    chunks = (large[n : n + 1000] for n in range(0, len(large), 1000))  # sent chunked, without a length
+    assert client.refusal(chunks)[0] == 413
     fitting = b'{"prompt": "' + b"x" * (Limits.max_bytes - 40) + b'", "max_new_tokens": 1}'
     assert client.ask("POST", "/api/generate", fitting, **JSON)[0].status == 200
 
@@ -41,7 +41,7 @@ def test_only_json_is_read(client):
 def test_a_compressed_body_counts_as_what_it_unfolds_to(client):
     packed = {"Content-Encoding": "gzip"}
     assert client.refusal(gzip.compress(b" " * 10_000_000), **packed)[0] == 413
-    assert client.refusal(b'{"prompt": "a"}', **packed) == (400, "the body is not what its Content-Encoding says.")
+    assert client.refusal(b'{"prompt": "a"}', **packed) == (400, "the body does not match its Content-Encoding.")
 
 
 MOST = CONTEXT - 1
@@ -120,9 +120,9 @@ def test_the_page_and_every_refusal_carry_the_headers_of_a_private_page(client):
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "localhost@evil.example", "10.0.0.1", ""])
-def test_a_foreign_name_is_refused_without_a_token(client, host):
+def test_another_host_name_is_refused_without_a_token(client, host):
     response, body = client.ask("GET", "/", Host=host)
-    assert (response.status, body) == (403, b"this server answers to localhost and 127.0.0.1 alone.\n")
+    assert (response.status, body) == (403, b"this server only answers requests to localhost and 127.0.0.1.\n")
     assert client.refusal({"prompt": "a"}, Host=host)[0] == 403
 
 
@@ -135,7 +135,7 @@ def test_a_name_of_this_machine_is_answered(client, host):
 def test_another_site_is_refused(client, origin):
     assert client.refusal({"prompt": "a"}, Origin=origin) == (
         403,
-        "this server answers to its own page alone, not to other sites.",
+        "this server only answers its own page, not other sites.",
     )
 
 
@@ -153,7 +153,7 @@ def test_a_token_is_asked_for_where_there_is_one(student, caplog):
         for path in ("/", "/?token=", "/?token=wrong", "/?token=%FF", "/none"):
             response, body = client.ask("GET", path, Authorization="")
             assert response.status == 401
-            assert b"asks for its token" in body
+            assert b"requires its token" in body
         assert client.ask("GET", "/")[0].status == 401  # the address carries it, nothing else
         for header in ("", TOKEN, f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff", "Bearer"):
             assert client.refusal({"prompt": "a"}, Authorization=header)[0] == 401
@@ -172,7 +172,7 @@ def test_a_place_to_listen_that_is_none_is_said():
     for host, port, line in [
         ("127.0.0.1", 65536, "--port 65536 must be from 1 to 65535"),
         ("127.0.0.1", -1, "--port -1 must be"),
-        ("192.0.2.1", 0, "--host 192.0.2.1 is not of this machine"),
+        ("192.0.2.1", 0, "--host 192.0.2.1 is no address of this machine"),
         ("no host", 0, "--host 'no host' is no known address"),
         ("a" * 70, 0, "is no known address"),
         ("", 0, "--host '' is no known address"),
@@ -248,7 +248,7 @@ def test_a_signal_ends_the_served_page_with_exit_0(root, model_folder):
     process = subprocess.Popen([*command, "--port", "0", "--max-new-tokens", "30"], **pipes)
     try:
         line = next(line for line in process.stdout if line.startswith("serving "))
-        url = rf"serving {re.escape(str(model_folder / 'model'))} at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)\n"
+        url = rf"serving {re.escape(str(model_folder / 'model'))} at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C stops it\)\n"
         client = Client(int(re.fullmatch(url, line)[1]))
         page = client.ask("GET", "/")[1].decode()
         assert re.search(r'id="live"[^>]*>\{"context":48,"max_new_tokens":30,"num_concepts":62\}<', page)

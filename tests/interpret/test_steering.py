@@ -10,8 +10,7 @@ from megacocomix.errors import UserError
 from megacocomix.interpret.decode import Sampling, decode, fit_prompt
 from megacocomix.interpret.steering import Edit, Steering, kept_concepts, parse_edit
 from megacocomix.sae.model import SAE, SAEForm
-from megacocomix.teacher.load import gpt2_teacher
-from megacocomix.teacher.model import Teacher
+from megacocomix.teacher.model import Teacher, gpt2_teacher
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
 SAMPLING = Sampling(max_new_tokens=6, seed=3)
@@ -59,7 +58,7 @@ def test_an_edit_scales_sets_or_clamps_and_prints_as_it_is_typed(text, logit, st
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("10=2", "the model has concepts 0 … 9"),
         ("-1=2", "is not ID=SCALE"),
@@ -79,10 +78,10 @@ def test_an_edit_scales_sets_or_clamps_and_prints_as_it_is_typed(text, logit, st
         ("9" * 5000 + "=8", "the model has concepts 0 … 9"),
     ],
 )
-def test_an_edit_that_is_none_says_what_would_be(text, said):
+def test_an_edit_that_is_none_says_what_would_be(text, message):
     with pytest.raises(UserError) as error:
         parse_edit(text, 10)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
@@ -186,8 +185,8 @@ def test_two_edits_of_one_concept_and_models_that_cannot_be_steered_are_refused(
     with pytest.raises(UserError, match="none of before, after"):
         grown(tiny.student(), [[Edit(3, 2.0)], [], []], place="beside")
     refused = {"ntp": "predicts no concepts", "direct-hidden": "hidden state", "predict-only": "mixes none"}
-    for name, said in refused.items():
-        with pytest.raises(UserError, match=said):
+    for name, message in refused.items():
+        with pytest.raises(UserError, match=message):
             grown(tiny.student(name=name), [[Edit(3, 2.0)], [], []])
         assert len(tokens_of(grown(tiny.student(name=name)))) == 3  # unsteered they write as any model does
 
@@ -244,8 +243,8 @@ def test_a_text_ends_at_the_end_of_text():
 def test_a_prompt_keeps_its_end_and_the_last_token_fits():
     student = tiny.student()
     long = list(range(40))
-    ids, cut = fit_prompt(long, tiny.CONTEXT, 6, student.tokenizer.eot_id)
-    assert (ids, cut) == (long[-10:], 30)
+    ids, dropped = fit_prompt(long, tiny.CONTEXT, 6, student.tokenizer.eot_id)
+    assert (ids, dropped) == (long[-10:], 30)
     assert len(grown(student, None, [ids])[0]) == 6
     assert fit_prompt([], tiny.CONTEXT, 6, 9) == ([9], 0)
     with pytest.raises(UserError, match="Nearest valid: 15"):
@@ -314,5 +313,5 @@ def test_a_turned_latent_adds_the_difference_of_the_two_reconstructions(teacher_
 def test_a_teacher_refuses_more_tokens_than_it_reads(teacher_and_sae):
     from megacocomix.interpret.teacher_steering import decode_teacher
 
-    with pytest.raises(UserError, match="it reads 16"):
+    with pytest.raises(UserError, match="reads 16 at most"):
         decode_teacher(*teacher_and_sae, tiny.letters(), [[1] * 12], Sampling(max_new_tokens=5))

@@ -1,4 +1,4 @@
-"""Baselines and ablations as compositions: which gradient reaches what, what is skipped, what a slot predicts."""
+"""Baselines and ablations as combinations of options: which parameters get gradients, and which positions predict."""
 
 import copy
 
@@ -15,7 +15,7 @@ from megacocomix.model.gpt2 import GPT2, initialise
 
 SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
 MODULE = {"pre_bias", "predict", "compress"}
-# Parts of the concept module that the next-token loss reaches, and those that the loss of the prediction reaches.
+# Parts of the concept module that get gradients from the next-token loss, and from the prediction's loss.
 REACHED = {
     "ntp": (set(), set()),
     "kd": (set(), set()),
@@ -100,7 +100,7 @@ def test_a_window_of_any_length_gives_the_logits_of_a_longer_one(options, length
 
 @pytest.mark.parametrize("options", [{"name": "cocomix"}, {"name": "pause"}, *EVERY], ids=str)
 def test_what_the_last_block_skips_changes_no_logit_and_no_gradient(options):
-    """Against a last block that computes everything, of which the slots that predict are picked afterwards."""
+    """The reference is a last block that computes all positions; the ones that predict are selected afterwards."""
     model, tokens = student(**options).double(), random_tokens()
     whole = copy.deepcopy(model)
     every, last = whole.every, whole.blocks[whole.last_block]
@@ -132,46 +132,45 @@ def test_a_vector_stands_right_after_every_nth_token_and_predicts_in_its_place(e
     assert [mixed[slot] for slot in slots] == [-t if t % every == 0 else t for t in range(1, length + 1)]
 
 
-def distributions(num_words=11, width=6, rows=7):
+def distributions(vocab_size=11, width=6, rows=7):
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(rows, 13, generator=generator)
-    head = FrozenHead(torch.randn(num_words, width, generator=generator), torch.randn(num_words, generator=generator))
+    head = FrozenHead(torch.randn(vocab_size, width, generator=generator), torch.randn(vocab_size, generator=generator))
     return logits.requires_grad_(), torch.randn(rows, width, generator=generator), head
 
 
-@pytest.mark.parametrize("num_words", [13, 11])  # of 13 of the student
-def test_divergence_is_forward_kl_over_the_whole_vocabulary_with_its_gradient(num_words, monkeypatch):
+@pytest.mark.parametrize("vocab_size", [13, 11])  # the student has 13 tokens
+def test_divergence_is_forward_kl_over_the_whole_vocabulary_with_its_gradient(vocab_size, monkeypatch):
     monkeypatch.setattr("megacocomix.model.losses.CHUNK_ELEMENTS", 2 * 13)  # chunks of two rows
-    logits, outputs, head = distributions(num_words)
+    logits, outputs, head = distributions(vocab_size)
     counts = torch.tensor([True, True, False, True, True, False, True])
     ours = teacher_divergence(logits, outputs, head, counts)
     teacher = F.linear(outputs, *head).softmax(-1)
-    student = logits[:, :num_words].sub(logits.logsumexp(-1, keepdim=True))
+    student = logits[:, :vocab_size].sub(logits.logsumexp(-1, keepdim=True))
     expected = F.kl_div(student, teacher, reduction="none").sum(-1)[counts].sum()
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(*(torch.autograd.grad(3 * loss, logits)[0] for loss in (ours, expected)))
 
 
-@pytest.mark.parametrize("cut", [6, 11, 12])
-def test_divergence_of_words_in_pieces_is_that_of_the_whole(cut):
-    """Two pieces, each shown the other's sums; the second has fewer of the teacher's words, or none."""
+@pytest.mark.parametrize("split", [6, 11, 12])
+def test_divergence_of_a_sharded_vocabulary_is_that_of_the_whole(split):
+    """Two shards, each given the sums of both. The second has fewer of the teacher's tokens, or none."""
     logits, outputs, head = distributions()
     counts = torch.ones(7, dtype=torch.bool)
     whole = teacher_divergence(logits, outputs, head, counts)
-    cuts, sums = [slice(0, cut), slice(cut, 13)], []
+    ranges, sums = [slice(0, split), slice(split, 13)], []
 
     def collect(x):
         sums.append(x)
         return torch.stack([x, x])
 
-    pieces = [(logits[:, cut], outputs, head.rows(cut.start, cut.stop), counts) for cut in cuts]
-    for piece in pieces:
-        teacher_divergence(*piece, collect)
-    joined = [teacher_divergence(*piece, lambda _: torch.stack(sums[:2])) for piece in pieces]
-    torch.testing.assert_close(joined[0], whole)
-    torch.testing.assert_close(joined[1], whole)
+    shards = [(logits[:, each], outputs, head.rows(each.start, each.stop), counts) for each in ranges]
+    for shard in shards:
+        teacher_divergence(*shard, collect)
+    sharded = [teacher_divergence(*shard, lambda _: torch.stack(sums[:2])) for shard in shards]
+    torch.testing.assert_close(sharded, [whole, whole])
     (expected,) = torch.autograd.grad(whole, logits)
-    torch.testing.assert_close(sum(torch.autograd.grad(each, logits)[0] for each in joined), expected)
+    torch.testing.assert_close(sum(torch.autograd.grad(each, logits)[0] for each in sharded), expected)
 
 
 def test_a_student_that_is_its_teacher_has_no_divergence_and_no_gradient():

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -89,6 +90,38 @@ def all_layouts(world: int) -> dict[str, dict]:
         ]
     # Stages without a pipeline number their modules alike, and DeepSpeed checks that over all processes.
     return dict(sorted(named, key=lambda named: named[1]["parallel"]["pipeline"] > 1))
+
+
+def covering_layouts() -> set[str]:
+    """Names of the layouts that every run of the suite trains: at 4 processes every pair of a tensor, pipeline and data
+    size and a ZeRO stage, at 2 the options that are no grid, a few at 8. The others are nightly."""
+    grids = [(4, 1, 1, zero) for zero in (0, 1, 2, 3)] + [(4, 4, 1, zero) for zero in (0, 1, 2, 3)] + [(4, 2, 1, 2)]
+    grids += [(4, t, p, zero) for t, p in ((2, 2), (1, 2), (1, 4)) for zero in (0, 1, 3)]
+    names = {name_of(*grid, "cocomix") for grid in [*grids, (8, 2, 2, 3), (8, 2, 2, 1)]}
+    names |= {name_of(4, 2, 2, 3, "ntp"), name_of(2, 1, 2, 3, "cocomix", **{SMALL_WHOLE: True})}
+    for more in ({"recompute": "selective"}, {"recompute": "full"}, {"virtual_stages": 2}, {"sequence": False}):
+        names.add(name_of(4, 2, 2, 3, "cocomix", **more))
+    names |= {name_of(2, 1, 1, zero, "cocomix", offload_optimizer=True) for zero in (2, 3)}
+    names |= {name_of(2, 1, 1, 3, "cocomix", reshard_after_forward=False)}
+    for zero, more in (
+        (1, {"offload_optimizer": True}),
+        (1, {"virtual_stages": 2}),
+        (3, {"reshard_after_forward": True}),
+        (3, {"split_points": [3]}),
+    ):
+        names.add(name_of(2, 1, 2, zero, "cocomix", **more))
+    return names
+
+
+def nightly_unless(condition: bool):
+    """The marks of a parametrised case."""
+    return () if condition else pytest.mark.nightly
+
+
+def asked_for(request, name: str) -> list:
+    """The values of the parameter `name` in the tests of the requesting module that this session runs."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return list(dict.fromkeys(item.callspec.params[name] for item in items if name in item.callspec.params))
 
 
 def config(folder: Path, run: str, sections: dict, precision: str = "fp32"):

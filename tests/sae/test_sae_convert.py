@@ -1,9 +1,6 @@
-"""An autoencoder becomes ours when it fits the teacher, and is refused with where it would fit when it does not."""
+"""An autoencoder that fits the teacher is converted. Others are refused, and the error names a place where they fit."""
 
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -20,6 +17,7 @@ from megacocomix.sae.formats import write_saelens as write_ours
 from megacocomix.sae.model import SAE, SAEForm
 from megacocomix.teacher.load import load_teacher
 from megacocomix.teacher.model import Teacher
+from processes import run_tool
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def shipped(root):
 
 @pytest.fixture(scope="module")
 def source(shipped, tmp_path_factory):
-    """The shipped autoencoder as OpenAI would have saved it, in a folder that says resid_post_mlp of block 3."""
+    """The shipped autoencoder as OpenAI would have saved it, in a folder named after resid_post_mlp of block 3."""
     file = tmp_path_factory.mktemp("openai") / "resid_post_mlp_v5_32k/autoencoders/3.pt"
     file.parent.mkdir(parents=True)
     state = {
@@ -95,7 +93,7 @@ def test_the_wrong_location_is_refused_and_accept_fvu_overrides(job):
 
 
 def test_an_autoencoder_of_centred_activations_is_found_out(job, tmp_path, monkeypatch):
-    """One that reads the residual without its mean, as TransformerLens shows it: the refusal says --center."""
+    """It reads the residual without its mean, as TransformerLens shows it. The error names --center."""
     shift, read = 30.0, Teacher.hidden  # a mean that matters: this teacher's own is small
     monkeypatch.setattr(Teacher, "hidden", lambda teacher, tokens: read(teacher, tokens) + shift)
     teacher = load_teacher(job.teacher, 3)
@@ -153,7 +151,7 @@ def test_another_width_is_refused(job, tmp_path):
         convert_sae(replace(job, source=str(tmp_path / "h.3")))
 
 
-def test_what_does_not_say_where_it_belongs_asks(job, tmp_path):
+def test_an_autoencoder_without_a_recorded_place_needs_options(job, tmp_path):
     write_saelens(tmp_path / "sae", {key: value for key, value in SAELENS_5.items() if key != "hook_name"})
     with pytest.raises(UserError, match="give --layer and --location"):
         convert_sae(replace(job, source=str(tmp_path / "sae")))
@@ -174,11 +172,11 @@ def test_ours_goes_out_to_saelens(root, shipped, tmp_path):
 
 
 def test_the_tool_prints_what_it_measured_and_refuses_with_one_line(root, job):
-    command = [sys.executable, root / "tools/convert_sae.py", job.source, "--out", job.out]
+    command = [root / "tools/convert_sae.py", job.source, "--out", job.out]
     command += ["--teacher", job.teacher, "--text", job.text]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    done = run_tool(command, root)
     assert done.returncode == 0, done.stderr
     assert "windows of 64 tokens: variance unexplained 0.0" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    again = run_tool(command, root)
     assert again.returncode == 2
     assert again.stderr.splitlines() == [f"error: --out {job.out} exists already: choose another name or delete it."]

@@ -1,4 +1,4 @@
-"""Autoencoders of other projects compute in ours what they computed there."""
+"""Autoencoders of other projects compute the same in our format."""
 
 import json
 import pickle
@@ -30,7 +30,7 @@ X = 1 + 2 * torch.randn(4, 7, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
 def computes(sae, latents, reconstruction):
-    """Encode and decode agree to 1e-6 of the largest element: fp32 against a dense fp64 formula."""
+    """Encode and decode agree with a dense fp64 formula to 1e-6 of the largest element."""
     index, value = sae.encode(X)
     dense = torch.zeros(latents.shape).scatter_add(-1, index, value)
     torch.testing.assert_close(dense, latents.float(), rtol=0, atol=1e-6 * latents.abs().max().item())
@@ -47,7 +47,7 @@ def computes(sae, latents, reconstruction):
         ("elsewhere/mine.pt", "TopK", (None, None, None)),
     ],
 )
-def test_openai_files_compute_the_same_and_say_where_they_belong(tmp_path, path, activation, where):
+def test_openai_files_compute_the_same_and_record_where_they_belong(tmp_path, path, activation, where):
     state = write_openai(tmp_path / path, activation)
     found = read_external_sae(tmp_path / path)
     computes(found.sae, *openai_dense(state, X, activation))
@@ -77,7 +77,7 @@ def test_saelens_folders_of_every_version_compute_the_same(tmp_path, changes, ex
     weights = write_saelens(tmp_path / "sae", changes, extra)
     found = read_external_sae(tmp_path / "sae")
     computes(found.sae, *saelens_dense(weights, changes, X))
-    # What comes into block 4 is what leaves block 3.
+    # The input of block 4 is the output of block 3.
     assert (found.info["sae_layer"], found.info["location"]) == (3, "resid_post_mlp")
     assert (found.info["teacher"], found.info["context"]) == ("gpt2-small", 128)
 
@@ -118,7 +118,7 @@ def test_a_residual_that_was_centred_in_training_is_centred_here(tmp_path):
         ("mine", (None, None)),
     ],
 )
-def test_sparsify_folders_compute_the_same_and_say_where_they_belong(tmp_path, folder, where):
+def test_sparsify_folders_compute_the_same_and_record_where_they_belong(tmp_path, folder, where):
     weights = write_sparsify(tmp_path / folder)
     found = read_external_sae(tmp_path / folder)
     computes(found.sae, *sparsify_dense(weights, X))
@@ -152,7 +152,7 @@ def test_what_is_exported_for_saelens_reads_back_to_the_bit(tmp_path, architectu
             "jumprelu with relu is not computed",
         ),
         (lambda path: write_saelens(path, SAELENS_5 | {"activation_fn_str": "tanh-relu"}), "tanh-relu is not computed"),
-        (lambda path: write_saelens(path, SAELENS_6 | {"k": None}), "does not say its k"),
+        (lambda path: write_saelens(path, SAELENS_6 | {"k": None}), "its k is missing"),
         (lambda path: write_saelens(path, SAELENS_6 | {"k": LATENTS + 1}), "k is 97"),
         (lambda path: write_saelens(path, SAELENS_6 | {"reshape_activations": "hook_z"}), "reshape_activations hook_z"),
         (
@@ -161,7 +161,7 @@ def test_what_is_exported_for_saelens_reads_back_to_the_bit(tmp_path, architectu
         ),
         (
             lambda path: write_saelens(path, SAELENS_5 | {"hook_name": "blocks.3.attn.hook_z"}),
-            "hook blocks.3.attn.hook_z is no residual location",
+            "hook blocks.3.attn.hook_z is not a residual location",
         ),
         (lambda path: write_sparsify(path, SPARSIFY | {"activation": "groupmax"}), "activation groupmax"),
         (lambda path: write_sparsify(path, SPARSIFY | {"transcode": True}), "transcode True"),
@@ -173,12 +173,12 @@ def test_what_is_exported_for_saelens_reads_back_to_the_bit(tmp_path, architectu
         (lambda path: write_saelens(path, SAELENS_6 | {"k": True}), "whole number"),
         (lambda path: write_saelens(path, SAELENS_6 | {"d_in": 7}), "d_in 7, but W_enc"),
         (lambda path: write_saelens(path, SAELENS_6 | {"apply_b_dec_to_input": None}), "neither true nor false"),
-        (lambda path: write_saelens(path, SAELENS_6 | {"metadata": "text"}), "something else than it should"),
-        (lambda path: write_saelens(path, SAELENS_5 | {"hook_name": {}, "hook_point": 5}), "something else"),
-        (lambda path: write_saelens(path, SAELENS_6 | {"normalize_activations": []}), "something else than it should"),
+        (lambda path: write_saelens(path, SAELENS_6 | {"metadata": "text"}), "holds unexpected values"),
+        (lambda path: write_saelens(path, SAELENS_5 | {"hook_name": {}, "hook_point": 5}), "holds unexpected values"),
+        (lambda path: write_saelens(path, SAELENS_6 | {"normalize_activations": []}), "holds unexpected values"),
     ],
 )
-def test_what_ours_cannot_compute_is_refused_with_its_name(tmp_path, write, message):
+def test_an_unsupported_computation_is_refused_with_its_name(tmp_path, write, message):
     write(tmp_path / "sae")
     with pytest.raises(UserError, match=message) as caught:
         read_external_sae(tmp_path / "sae")
@@ -190,17 +190,17 @@ def test_what_ours_cannot_compute_is_refused_with_its_name(tmp_path, write, mess
     [
         ({"activation": "JumpReLU"}, "activation 'JumpReLU'"),
         ({"activation_state_dict": {"k": K, "postact_fn": "Identity"}}, "Identity after TopK"),
-        ({"activation_state_dict": {}}, "does not say its k"),
+        ({"activation_state_dict": {}}, "its k is missing"),
         ({"decoder.linear.weight": torch.zeros(WIDTH, LATENTS)}, "tied"),
         ({"decoder.weight": None}, "tensors missing: decoder"),
-        ({"encoder.weight": "text"}, "something else than it should"),
+        ({"encoder.weight": "text"}, "holds unexpected values"),
         ({"latent_bias": torch.zeros(LATENTS, dtype=torch.complex64)}, "hold no real numbers"),
-        ({"activation_state_dict": 5}, "something else than it should"),
+        ({"activation_state_dict": 5}, "holds unexpected values"),
         ({"latent_bias": torch.full((LATENTS,), torch.nan)}, "not finite .96 of latent_bias."),
         ({"pre_bias": torch.zeros(WIDTH + 1)}, "shapes of its tensors disagree"),
     ],
 )
-def test_an_openai_file_that_is_not_what_it_should_be_is_refused(tmp_path, changes, message):
+def test_an_openai_file_with_unexpected_values_is_refused(tmp_path, changes, message):
     write_openai(tmp_path / "5.pt", changes=changes)
     with pytest.raises(UserError, match=message):
         read_external_sae(tmp_path / "5.pt")

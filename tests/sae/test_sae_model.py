@@ -1,9 +1,10 @@
-"""The autoencoder computes OpenAI's formula, and its file says everything or is refused."""
+"""The autoencoder computes OpenAI's formula. Its file records everything, or is refused."""
 
 import json
 
 import pytest
 import torch
+from external_saes import LATENTS, WIDTH, K, openai_weights
 from safetensors.torch import load_file, save_file
 
 from megacocomix.errors import UserError
@@ -13,7 +14,6 @@ from megacocomix.sae.file import FORMAT, load_sae, save_sae
 from megacocomix.sae.formats import from_openai
 from megacocomix.sae.model import SAE, SAEForm
 
-WIDTH, LATENTS, K = 24, 96, 5
 INFO = {
     "teacher": "tiny",
     "teacher_sha256": "ab",
@@ -21,17 +21,6 @@ INFO = {
     "location": "resid_post_mlp",
     "measured": {"l0": 5.0},
 }
-
-
-def openai_state(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "pre_bias": (WIDTH,),
-        "encoder.weight": (LATENTS, WIDTH),
-        "latent_bias": (LATENTS,),
-        "decoder.weight": (WIDTH, LATENTS),
-    }
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def dense_formula(state, x, k):
@@ -46,7 +35,7 @@ def dense_formula(state, x, k):
 
 @pytest.fixture
 def sae():
-    return from_openai(openai_state(), SAEForm(k=K), "state")
+    return from_openai(openai_weights(), SAEForm(k=K), "state")
 
 
 @pytest.fixture
@@ -62,7 +51,7 @@ def saved(sae, tmp_path):
 
 
 def rewrite(path, header=None, weights=None):
-    """The file at `path` with some header entries and tensors replaced; None removes an entry."""
+    """Replace some header entries and tensors of a file; None removes an entry."""
     with sae_file.safe_open(path, "pt") as file:
         header = {**file.metadata(), **(header or {})}
     weights = {**load_file(path), **(weights or {})}
@@ -71,7 +60,7 @@ def rewrite(path, header=None, weights=None):
 
 
 def test_encode_and_decode_equal_the_dense_formula(sae, x):
-    latents, x_hat = dense_formula(openai_state(), x, K)
+    latents, x_hat = dense_formula(openai_weights(), x, K)
     index, value = sae.encode(x)
     assert index.dtype == torch.int64
     assert index.shape == value.shape == (4, 7, K)
@@ -80,7 +69,7 @@ def test_encode_and_decode_equal_the_dense_formula(sae, x):
 
 
 def test_latents_that_are_not_positive_are_zero(x):
-    state = openai_state()
+    state = openai_weights()
     state["latent_bias"] -= 12
     latents, x_hat = dense_formula(state, x, K)
     sae = from_openai(state, SAEForm(k=K), "state")
@@ -90,16 +79,16 @@ def test_latents_that_are_not_positive_are_zero(x):
     torch.testing.assert_close(sae.reconstruct(x), x_hat, rtol=1e-6, atol=1e-5)
 
 
-def test_cutting_the_rows_changes_nothing(sae, x, monkeypatch):
+def test_chunks_of_rows_change_nothing(sae, x, monkeypatch):
     index, value = sae.encode(x)
     monkeypatch.setattr(sae_module, "MAX_PRE_ACTIVATIONS", 3 * LATENTS)
-    cut_index, cut_value = sae.encode(x)
-    assert torch.equal(cut_index, index)
-    torch.testing.assert_close(cut_value, value, rtol=1e-6, atol=1e-6)
+    chunked_index, chunked_value = sae.encode(x)
+    assert torch.equal(chunked_index, index)
+    torch.testing.assert_close(chunked_value, value, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_equal_those_of_the_dense_formula(sae, x):
-    state = {name: weight.requires_grad_() for name, weight in openai_state().items()}
+    state = {name: weight.requires_grad_() for name, weight in openai_weights().items()}
     dense_formula(state, x, K)[1].square().sum().backward()
     sae.reconstruct(x).square().sum().backward()
     for name, weight in sae.named_parameters():
@@ -129,7 +118,7 @@ def test_missing_file_is_refused(tmp_path):
 
 def test_file_that_is_not_safetensors_is_refused(tmp_path):
     path = tmp_path / "5.pt"
-    torch.save(openai_state(), path)
+    torch.save(openai_weights(), path)
     with pytest.raises(UserError, match=r"5\.pt: not a readable safetensors file.*train_sae"):
         load_sae(path)
 
@@ -142,7 +131,7 @@ def test_truncated_file_is_refused(saved):
 
 def test_safetensors_file_of_another_project_is_refused(tmp_path):
     path = tmp_path / "sae.safetensors"
-    save_file(openai_state(), path)
+    save_file(openai_weights(), path)
     with pytest.raises(UserError, match=f"format 'none', not '{FORMAT}'.*train_sae"):
         load_sae(path)
 
@@ -196,7 +185,7 @@ def test_k_outside_the_latents_is_refused(k):
 @pytest.mark.parametrize("activation", ["topk", "relu"])
 def test_every_form_comes_back_from_its_file_and_reconstructs(x, tmp_path, activation, normalization):
     form = SAEForm(activation, K if activation == "topk" else None, normalization)
-    sae = from_openai(openai_state(), form, "state")
+    sae = from_openai(openai_weights(), form, "state")
     save_sae(sae, tmp_path / "sae.safetensors", {})
     loaded = load_sae(tmp_path / "sae.safetensors")
     assert loaded.form == form
@@ -206,7 +195,7 @@ def test_every_form_comes_back_from_its_file_and_reconstructs(x, tmp_path, activ
 
 
 def test_relu_keeps_every_positive_latent_and_no_other(x, monkeypatch):
-    state = openai_state()
+    state = openai_weights()
     sae = from_openai(state, SAEForm("relu", normalization="none"), "state")
     monkeypatch.setattr(sae_module, "MAX_PRE_ACTIVATIONS", 3 * LATENTS)  # chunks differ in how many they keep
     dense = ((x - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]).relu()

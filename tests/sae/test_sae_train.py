@@ -1,4 +1,4 @@
-"""The trainer finds a dictionary that is known, keeps its promises, and measures what it says."""
+"""The trainer finds a known dictionary, resumes to the same bits, and measures what its definitions say."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ SETTINGS = SAETraining(
     dead_after_tokens=10_000,
     resample_every=0,
 )
-# A learning rate this large kills latents that the data (256 directions, 256 latents) has work for.
+# A learning rate this large kills latents that the data (256 directions, 256 latents) needs.
 DEADLY = replace(SETTINGS, latents=256, k=4, steps=250, batch_rows=256, lr=3e-2, warmup_steps=0, dead_after_tokens=3000)
 SHORT = replace(SETTINGS, steps=12, batch_rows=64, dead_after_tokens=128)
 
@@ -61,7 +61,7 @@ def directions(num):
 
 
 def sparse_rows(seed, num_directions=64, active=3, rows=500):
-    """Endless [rows, D]: each row is a sum of `active` of the true directions with weights from 1 to 2."""
+    """Endless batches [rows, D]: each row is a sum of `active` true directions with weights from 1 to 2."""
     generator = torch.Generator().manual_seed(seed)
     true = directions(num_directions)
     while True:
@@ -71,8 +71,8 @@ def sparse_rows(seed, num_directions=64, active=3, rows=500):
 
 
 def train_sae(settings, rows=None, trainer=None, steps=None):
-    """The autoencoder and the records of its steps; `trainer` goes on from where it stands."""
-    rows = rows or batches(sparse_rows(seed=0, rows=settings.batch_rows))
+    """The autoencoder and the records of its steps; a `trainer` that has begun is resumed."""
+    rows = rows or sparse_rows(seed=0, rows=settings.batch_rows)
     trainer, records = trainer or SAETrainer(settings, WIDTH), []
     for batch in itertools.islice(rows, steps or settings.steps):
         if trainer.num_steps == 0:
@@ -80,10 +80,6 @@ def train_sae(settings, rows=None, trainer=None, steps=None):
         record = trainer.step(batch)
         records.append({key: float(value) for key, value in record.items()})
     return trainer.sae.requires_grad_(False), records
-
-
-def batches(rows):
-    return (next(rows) for _ in itertools.count())
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +96,7 @@ def test_known_dictionary_is_reconstructed_on_rows_never_seen(trained):
 
 
 def test_known_directions_are_recovered(trained):
-    # Standardising takes the mean of a row away, and so that component of each direction.
+    # Standardising removes a row's mean, and so that component of each direction.
     true = directions(64)
     true = F.normalize(true - true.mean(1, keepdim=True), dim=1)
     cosine = (true @ trained[0].decoder.detach().T).amax(1)
@@ -134,7 +130,7 @@ def test_auxiliary_loss_revives_dead_latents():
     assert revived.fvu_standardized < without.fvu_standardized
 
 
-def test_dead_latents_start_again_as_directions_that_the_living_missed():
+def test_dead_latents_are_reset_to_directions_of_the_error():
     reports = []
     settings = replace(SETTINGS, steps=300, k=4, aux_coefficient=0, dead_after_tokens=5000)
     for changed in (settings, replace(settings, resample_every=60)):
@@ -155,7 +151,7 @@ def test_dead_latents_start_again_as_directions_that_the_living_missed():
     torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(128), rtol=0, atol=1e-6)
 
 
-def test_a_trainer_that_goes_on_ends_with_the_same_bits():
+def test_a_resumed_trainer_ends_with_the_same_bits():
     settings = replace(SHORT, resample_every=3, steps=16)
     read = lambda block: next(sparse_rows(seed=block, rows=4 * 64))
     rows = lambda start: shuffled_batches(read, 64, 4, seed=1, start=start)
@@ -182,6 +178,7 @@ def train_part(settings):
     return {name: value.numpy() for name, value in sae.state_dict().items()}, records
 
 
+@pytest.mark.slow
 def test_ranks_that_share_each_batch_train_what_one_process_trains():
     settings = replace(SHORT, resample_every=5, dead_after_tokens=640, latents=64)
     alone, alone_records = train_sae(replace(settings, resample_every=0))
@@ -379,7 +376,7 @@ def test_tool_refuses_ids_that_the_teacher_does_not_know(teacher_and_data, root,
     assert "the data holds token 300, but model and teacher know those up to 210" in capsys.readouterr().err
 
 
-def test_tool_stopped_by_a_signal_goes_on_to_the_same_bits(teacher_and_data, root, tmp_path, monkeypatch, capsys):
+def test_tool_stopped_by_a_signal_resumes_to_the_same_bits(teacher_and_data, root, tmp_path, monkeypatch, capsys):
     arguments = [*teacher_and_data, "--layer", 3, "--latents", 64, "--k", 4, "--steps", 40, "--batch-rows", 64]
     assert run_tool(root, monkeypatch, *arguments, "--out", tmp_path / "whole.safetensors") == 0
     out, step = tmp_path / "sae.safetensors", SAETrainer.step
@@ -395,9 +392,9 @@ def test_tool_stopped_by_a_signal_goes_on_to_the_same_bits(teacher_and_data, roo
     monkeypatch.setattr(SAETrainer, "step", step)
     assert not out.exists()
     others = ("--k", 5, "k 4 there, 5 here"), ("--layer", 2, "layer 3 there, 2 here"), ("--seed", 1, "seed 0 there")
-    for option, value, said in others:
+    for option, value, message in others:
         assert run_tool(root, monkeypatch, *arguments, "--out", out, option, value) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert run_tool(root, monkeypatch, *arguments, "--out", out) == 0
     whole, resumed = load_file(tmp_path / "whole.safetensors"), load_file(out)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -447,7 +444,8 @@ def run_ranks(job, stop_at):
     return is_finished, {name: value.numpy() for name, value in run.trainer.sae.state_dict().items()}
 
 
-def test_ranks_that_one_signal_stopped_go_on_to_the_same_bits(teacher_and_data, tmp_path):
+@pytest.mark.slow
+def test_ranks_that_one_signal_stopped_resume_to_the_same_bits(teacher_and_data, tmp_path):
     from megacocomix.sae.job import SAEJob
 
     _, teacher, _, data = map(str, teacher_and_data)

@@ -9,8 +9,8 @@ from megacocomix.model.losses import MASKED
 from megacocomix.sae.file import load_sae
 from megacocomix.teacher.attribution import Scores, attribute, select_labels
 from megacocomix.teacher.labels import open_labeler
-from megacocomix.teacher.load import gpt2_teacher, load_teacher
-from megacocomix.teacher.model import Teacher
+from megacocomix.teacher.load import load_teacher
+from megacocomix.teacher.model import Teacher, gpt2_teacher
 
 LOCATIONS = ["resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn"]
 TOKENS = torch.randint(tiny.VOCAB, (2, tiny.CONTEXT), generator=torch.Generator().manual_seed(9))
@@ -35,7 +35,7 @@ def sae(tmp_path_factory):
 
 @pytest.mark.parametrize("location", LOCATIONS)
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_cutting_the_teacher_changes_nothing(model, layer, location):
+def test_a_hook_point_changes_nothing(model, layer, location):
     teacher = Teacher(gpt2_teacher(model), layer, location)
     hidden = teacher.hidden(TOKENS)
     logits = model(TOKENS)[0]

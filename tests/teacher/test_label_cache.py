@@ -1,5 +1,5 @@
-"""A label cache holds what the live teacher says, complete shard by complete shard, and is of one data set, teacher,
-autoencoder and choice of labels."""
+"""A label cache holds the live teacher's labels, in complete shards, for one dataset, teacher, autoencoder and choice
+of labels."""
 
 import errno
 import fcntl
@@ -109,12 +109,13 @@ def label_as(config, cache, rank, world, results):
     results.put((rank, label_all(config, cache, CPU, rank, world).num_labelled))
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_the_result_is_that_of_one(config, tmp_path, monkeypatch):
     monkeypatch.setattr(label_cache, "SMALLEST_SHARD", 8 * tiny.CONTEXT)
     label_all(config, tmp_path / "one", CPU)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    places = [(0, 3), (1, 3), (2, 3), (0, 1)]  # three of one job, and one that was started by itself
+    places = [(0, 3), (1, 3), (2, 3), (0, 1)]  # three of one job, and one started separately
     processes = [
         context.Process(target=label_as, args=(config, tmp_path / "many", *place, results), daemon=True)
         for place in places
@@ -166,7 +167,7 @@ def test_a_stale_cache_is_an_error_that_names_what_changed(tmp_path, what, compl
 
 
 @pytest.mark.parametrize(
-    ("method", "said"),
+    ("method", "change"),
     [
         ({"num_labels": 2}, "num_labels 3 there, 2 here"),
         ({"label_sign": "absolute"}, "sign positive there, absolute here"),
@@ -175,29 +176,29 @@ def test_a_stale_cache_is_an_error_that_names_what_changed(tmp_path, what, compl
         ({"mask_unlabelled": False}, "mask_unlabelled True there, False here"),
     ],
 )
-def test_other_settings_are_named_with_both_values_and_hashes(folder, config, tmp_path, method, said):
+def test_other_settings_are_named_with_both_values_and_hashes(folder, config, tmp_path, method, change):
     label_all(config, tmp_path / "cache", CPU)
     other = tiny.config(folder, method=method)
     with pytest.raises(UserError) as caught:
         open_labels(cached(other, tmp_path / "cache"), CPU, EOT, train_windows(other))
     (line,) = caught.value.problems
-    assert said in line
+    assert change in line
     assert line.count("the hash") == 1
     assert line.count("…") == 2
 
 
-def test_another_layer_or_location_is_named_though_the_autoencoder_does_not_say_its_own(folder, config, tmp_path):
+def test_another_layer_or_location_is_named_though_the_autoencoder_does_not_record_its_own(folder, config, tmp_path):
     label_all(config, tmp_path / "cache", CPU)
-    for teacher, said in (
+    for teacher, change in (
         ({"sae_layer": 2}, "sae_layer 1 there, 2 here"),
         ({"location": "resid_delta_mlp"}, "location resid_post_mlp there, resid_delta_mlp here"),
     ):
         other = tiny.config(folder, teacher=teacher)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=change):
             open_labels(cached(other, tmp_path / "cache"), CPU, EOT, train_windows(other))
 
 
-def test_a_cache_of_pieces_is_only_for_those_who_ask_for_pieces(folder, tmp_path):
+def test_a_cache_of_chunks_needs_the_windowed_option(folder, tmp_path):
     longer = tiny.config(folder, model={"context": 40}, teacher={"windowed": True})
     label_all(longer, tmp_path / "cache", CPU)
     assert open_labels(cached(longer, tmp_path / "cache"), CPU, EOT, train_windows(longer)).live_share == 0
@@ -235,7 +236,7 @@ def test_one_cache_serves_every_student_seed_and_layout(folder, config, tmp_path
     assert open_labels(cached(other, tmp_path / "cache"), CPU, EOT, train_windows(other)).live_share == 0
 
 
-def test_a_full_disk_leaves_what_is_written_valid_and_says_so(config, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_complete_shards_valid_and_is_reported(config, tmp_path, monkeypatch):
     cache, real, calls = tmp_path / "cache", os.fsync, []
 
     def full(handle):
@@ -320,23 +321,23 @@ def test_bad_caches_are_one_line(tmp_path):
         start_cache(tmp_path / "other", MANIFEST)
 
 
-def test_what_labels_cost_is_said_for_live_partial_and_cached(config, tmp_path):
+def test_the_cost_of_labels_is_reported_for_live_partial_and_cached(config, tmp_path):
     train = train_windows(config)
-    say = lambda labels: describe_labels(config, labels, 1e6, train.num_windows)
+    describe = lambda labels: describe_labels(config, labels, 1e6, train.num_windows)
     live = open_labels(config, CPU, EOT, train)
-    assert "labels: live" in say(live)
-    assert "MFLOP a token" in say(live)
-    assert "a cache of all 200 windows would take" in say(live)
+    assert "labels: live" in describe(live)
+    assert "MFLOP a token" in describe(live)
+    assert "a cache of all 200 windows would take" in describe(live)
     label_all(config, tmp_path / "cache", CPU)
     complete = open_labels(cached(config, tmp_path / "cache"), CPU, EOT, train)
-    assert "labels: cached in" in say(complete)
-    assert "live they would cost" in say(complete)
+    assert "labels: cached in" in describe(complete)
+    assert "live they would cost" in describe(complete)
     assert complete.live_flops == live.live_flops
     shard_file(tmp_path / "cache", 3).unlink()
-    assert "96.0% of the windows cached" in say(open_labels(cached(config, tmp_path / "cache"), CPU, EOT, train))
+    assert "96.0% of the windows cached" in describe(open_labels(cached(config, tmp_path / "cache"), CPU, EOT, train))
 
 
-def test_flipped_bits_in_a_shard_are_found_when_they_are_read_and_mended_by_the_job(config, tmp_path):
+def test_flipped_bits_in_a_shard_are_found_when_they_are_read_and_fixed_by_the_job(config, tmp_path):
     label_all(config, tmp_path / "cache", CPU)
     file = shard_file(tmp_path / "cache", 1)
     content = bytearray(file.read_bytes())
@@ -374,7 +375,7 @@ def start_tool(root, config_file, cache, *overrides):
 
 
 @pytest.mark.slow
-def test_the_tool_stops_on_a_signal_is_killed_and_goes_on(root, tmp_path):
+def test_the_tool_stops_on_a_signal_is_killed_and_resumes(root, tmp_path):
     tiny.make_inputs(tmp_path)
     tiny.write_tokens(tmp_path / "train.bin", 10 * 2**16 + 5)  # ten shards
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny.values(tmp_path)))

@@ -1,4 +1,4 @@
-"""Which labels a window gets depends on the window and the settings, and on nothing else."""
+"""A window's labels depend only on the window and the settings."""
 
 from dataclasses import replace
 
@@ -14,8 +14,7 @@ from megacocomix.sae.model import SAE, SAEForm
 from megacocomix.teacher import labels as labels_module
 from megacocomix.teacher.attribution import attribute, score, select_labels
 from megacocomix.teacher.labels import ConceptLabeler, LabelSettings, open_labeler
-from megacocomix.teacher.load import gpt2_teacher
-from megacocomix.teacher.model import Teacher
+from megacocomix.teacher.model import Teacher, gpt2_teacher
 
 WINDOWS = torch.randint(tiny.VOCAB, (11, tiny.CONTEXT), generator=torch.Generator().manual_seed(9))
 SETTINGS = LabelSettings(
@@ -52,7 +51,7 @@ def sae():
 @pytest.mark.parametrize("source", ["attribution", "activation", "random"])
 @pytest.mark.parametrize("group", [1, 2, 5, 32])
 def test_a_window_gets_its_labels_to_the_bit_whatever_it_is_labelled_with(teacher, sae, source, group, monkeypatch):
-    monkeypatch.setattr("megacocomix.model.losses.CHUNK_ELEMENTS", 11 * tiny.VOCAB)  # logits in slices of 8 positions
+    monkeypatch.setattr("megacocomix.model.losses.CHUNK_ELEMENTS", 11 * tiny.VOCAB)  # logits in chunks of 8 positions
     monkeypatch.setitem(labels_module.FORWARD_TOKENS, "cpu", group * tiny.CONTEXT)
     labeler = ConceptLabeler(teacher, sae, replace(SETTINGS, source=source, seed=1))
     together = labeler(WINDOWS)
@@ -137,12 +136,12 @@ def test_end_of_text_is_masked_on_request(teacher, sae):
     assert torch.equal(labels[~is_masked], without[~is_masked])
 
 
-def test_a_window_longer_than_the_teachers_is_labelled_piece_by_piece(teacher, sae):
+def test_a_window_longer_than_the_teachers_is_labelled_chunk_by_chunk(teacher, sae):
     labeler = ConceptLabeler(teacher, sae, replace(SETTINGS, chunk=6))
     labels = labeler(WINDOWS)
-    pieces = [ConceptLabeler(teacher, sae, replace(SETTINGS, chunk=6))(piece) for piece in WINDOWS.split(6, dim=1)]
-    assert torch.equal(labels, torch.cat(pieces, dim=1))
-    assert (labels[:, [5, 11, 15]] == MASKED).all()  # the last position of each piece has no next token
+    chunks = [labeler(chunk) for chunk in WINDOWS.split(6, dim=1)]
+    assert torch.equal(labels, torch.cat(chunks, dim=1))
+    assert (labels[:, [5, 11, 15]] == MASKED).all()  # the last position of each chunk has no next token
     one_left = ConceptLabeler(teacher, sae, replace(SETTINGS, chunk=5))(WINDOWS)
     assert (one_left[:, 15] == MASKED).all()
 
@@ -167,7 +166,7 @@ def test_tokenizers_that_differ_are_refused_with_both_hashes(folder, tmp_path):
     assert tiny_tokenizer_sha256() in line
 
 
-def test_a_teacher_that_carries_another_tokenizer_is_refused_with_both_hashes(root, tmp_path):
+def test_a_teacher_with_another_tokenizer_is_refused_with_both_hashes(root, tmp_path):
     config = tiny.config(tmp_path, teacher={"model": str(root / "assets/teacher")}, model={"vocab_size": 50257})
     config = config.model_copy(
         update={"teacher": config.teacher.model_copy(update={"sae": str(root / "assets/teacher/sae.safetensors")})}
@@ -183,7 +182,7 @@ def test_what_labelling_costs_is_counted(teacher, sae):
     count = lambda source: ConceptLabeler(teacher, sae, replace(SETTINGS, source=source)).flops_per_token()
     linear, attention, head, encode = 2 * 12 * 32**2, 4 * tiny.CONTEXT * 32, 2 * 32 * tiny.VOCAB, 2 * 32 * tiny.LATENTS
     assert count("activation") == count("random") == 2 * (linear + attention) + encode
-    backward = linear + 2 * attention + head  # one block above the cut
+    backward = linear + 2 * attention + head  # one block above the hook point
     assert count("attribution") == 3 * (linear + attention) + head + backward + encode + 2 * 32 * 8
 
 

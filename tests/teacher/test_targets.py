@@ -1,4 +1,4 @@
-"""What a student learns from its teacher travels as data: of the right positions, the same from a cache, in chunks."""
+"""Teacher targets are of the right positions, the same from a cache, and made in chunks."""
 
 import numpy as np
 import pytest

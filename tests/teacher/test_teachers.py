@@ -1,4 +1,4 @@
-"""Any causal language model whose blocks can be listed is a teacher: cut anywhere, it is still the same model."""
+"""Any causal language model whose blocks can be listed can be a teacher. No hook point changes the model."""
 
 import json
 
@@ -53,8 +53,8 @@ def saved(tmp_path_factory):
     return folders
 
 
-def check_cut(teacher, lm):
-    """Cut or whole, the loss is that of the model; the gradient is that of its loss."""
+def check_hook_point(teacher, lm):
+    """The teacher's loss is the model's, and its gradient is that of this loss."""
     with torch.no_grad():
         logits = lm(input_ids=TOKENS).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
@@ -72,13 +72,15 @@ def check_cut(teacher, lm):
 
 @pytest.mark.parametrize("location", ["resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn"])
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_llama_cut_anywhere_is_the_same_model(saved, layer, location):
-    check_cut(load_teacher(saved["llama"], layer, location), AutoModelForCausalLM.from_pretrained(saved["llama"]))
+def test_no_hook_point_changes_a_llama(saved, layer, location):
+    check_hook_point(
+        load_teacher(saved["llama"], layer, location), AutoModelForCausalLM.from_pretrained(saved["llama"])
+    )
 
 
 @pytest.mark.parametrize("location", ["resid_post_mlp", "resid_delta_mlp", "resid_delta_attn"])
-def test_blocks_that_run_attention_and_mlp_side_by_side_can_be_cut(saved, location):
-    check_cut(load_teacher(saved["neox"], 1, location), AutoModelForCausalLM.from_pretrained(saved["neox"]))
+def test_blocks_that_run_attention_and_mlp_in_parallel_have_hook_points(saved, location):
+    check_hook_point(load_teacher(saved["neox"], 1, location), AutoModelForCausalLM.from_pretrained(saved["neox"]))
 
 
 def test_a_stream_after_the_attention_that_does_not_exist_is_refused(saved):
@@ -87,7 +89,7 @@ def test_a_stream_after_the_attention_that_does_not_exist_is_refused(saved):
 
 
 def test_resid_post_mlp_works_whatever_the_blocks_do(saved):
-    check_cut(load_teacher(saved["gemma"], 1), AutoModelForCausalLM.from_pretrained(saved["gemma"]))
+    check_hook_point(load_teacher(saved["gemma"], 1), AutoModelForCausalLM.from_pretrained(saved["gemma"]))
 
 
 def test_weights_in_several_files_have_one_hash_that_changes_with_any(saved):
@@ -126,9 +128,9 @@ def test_what_cannot_be_a_teacher_is_named(tmp_path, saved):
         load_teacher(saved["llama"], 3)
     opt = OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32)).eval()
     opt.save_pretrained(tmp_path / "opt")
-    with pytest.raises(UserError, match=r"resid_delta_mlp cannot be told apart .*no module named mlp or feed_forward"):
+    with pytest.raises(UserError, match=r"resid_delta_mlp cannot be found .*no module named mlp or feed_forward"):
         load_teacher(tmp_path / "opt", 1, "resid_delta_mlp")
-    check_cut(load_teacher(tmp_path / "opt", 1), opt)
+    check_hook_point(load_teacher(tmp_path / "opt", 1), opt)
 
 
 def test_weights_that_are_not_finite_are_refused(saved, tmp_path):
@@ -156,6 +158,6 @@ def test_contributions_that_are_scaled_before_they_are_added_are_refused(saved):
         Teacher(model, 1, "resid_delta_mlp")
 
 
-def test_a_teacher_says_its_tokenizer(root, saved):
+def test_a_teacher_has_a_tokenizer_or_none(root, saved):
     assert teacher_tokenizer(saved["llama"]) is None
     assert teacher_tokenizer(root / "assets/teacher").vocab_size == 4096

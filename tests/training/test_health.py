@@ -1,4 +1,4 @@
-"""What a run does when something is wrong with its numbers, its data or its sinks."""
+"""Runs with errors in their numbers, their data or their logs."""
 
 import json
 import os
@@ -112,13 +112,13 @@ def test_without_a_key_wandb_gets_the_metrics_offline_and_a_resumed_run_goes_on_
     assert len(json.loads((run / "code.json").read_text())["starts"]) == 2
 
 
-def test_a_half_written_line_is_cut_off_when_the_run_goes_on(folder):
-    config = tiny.config(folder, "torn", training={"stop_after": 3})
+def test_a_truncated_line_is_removed_when_the_run_resumes(folder):
+    config = tiny.config(folder, "truncated", training={"stop_after": 3})
     assert run_processes(1, train, config) == [(0, [])]
-    with open(folder / "torn/metrics.jsonl", "a") as file:
+    with open(folder / "truncated/metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    assert run_processes(1, train, tiny.config(folder, "torn")) == [(0, [])]
-    lines = (folder / "torn/metrics.jsonl").read_text().splitlines()
+    assert run_processes(1, train, tiny.config(folder, "truncated")) == [(0, [])]
+    lines = (folder / "truncated/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [1, 2, 3, 4, 5, 6]
 
 

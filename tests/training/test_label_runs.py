@@ -1,4 +1,4 @@
-"""A run that reads its labels from a cache, whole or in part, is the run that its live teacher would have made."""
+"""A run with labels from a complete or partial cache equals the run with the live teacher."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def cache(folder):
 
 
 def lines(config):
-    """What a run logged, without what is measured in seconds or depends on who labelled."""
+    """A run's metrics, without those that depend on time or on where the labels come from."""
     varying = ("seconds", "tokens_per_second", "flops_per_second", "memory_gib", "teacher_flops")
     text = (Path(config.run) / "metrics.jsonl").read_text()
     return [{k: v for k, v in json.loads(line).items() if k not in varying} for line in text.splitlines()]
@@ -37,6 +37,7 @@ def teacher_flops(config):
     return json.loads(text.splitlines()[-1])["teacher_flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 4])
 def test_live_cached_and_partly_cached_runs_are_the_same_to_the_bit(folder, cache, world):
     layout = {"tensor": 2} if world == 4 else {}
@@ -57,9 +58,8 @@ def test_live_cached_and_partly_cached_runs_are_the_same_to_the_bit(folder, cach
     flops = [teacher_flops(config) for config in configs]
     assert flops[0] > flops[2] > flops[1] == 0
     assert flops[2] == pytest.approx(flops[0] * 32 / 200)
-    says = [(Path(config.run) / "logs/rank-00000.log").read_text() for config in configs]
-    for said, kind in zip(says, ("labels: live", "labels: cached in", "of the windows cached in"), strict=True):
-        assert kind in said
+    for config, kind in zip(configs, ("labels: live", "labels: cached in", "of the windows cached in"), strict=True):
+        assert kind in (Path(config.run) / "logs/rank-00000.log").read_text()
 
 
 CHOICES = {
@@ -71,6 +71,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 def test_other_labels_train_other_students(folder):
     configs = [tiny.config(folder, name, method=method, training={"steps": 3}) for name, method in CHOICES.items()]
     assert run_processes(1, train_all, configs) == [[(0, [])] * len(configs)]

@@ -1,4 +1,4 @@
-"""Runs of every preset in one process: their losses fall, and a teacher is never a part of what is trained."""
+"""Runs of every preset in one process: their losses fall, and a teacher is never trained."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_what_a_method_minimises_falls(configs, name):
     assert len(used) == 1 + method.has_teacher + (name == "cocomix+kd")
     for line in train:
         line["objective"] = sum(weights[key] * line[key] for key in used)
-    # The teacher here is a random network: what it says of the next token contradicts the data.
+    # The teacher here is a random network: its next-token predictions contradict the data.
     falling = {"objective", *used} - ({"kd_loss"} if method.kd_weight < 1 else {"loss"})
     for key in falling:
         first, last = (sum(line[key] for line in part) / 4 for part in (train[1:5], train[-4:]))

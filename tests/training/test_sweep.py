@@ -1,4 +1,4 @@
-"""Sweeps: what is done is skipped, what fails is named while the others go on, what is stopped goes on."""
+"""Sweeps: finished runs are skipped, failed runs are reported while the others go on, stopped runs are resumed."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def finish(process):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"seeds": []}, "seeds"),
         ({"runs": {}}, "runs"),
@@ -72,10 +72,10 @@ def finish(process):
     ],
     ids=str,
 )
-def test_mistakes_in_a_plan_are_said_before_anything_runs(plan, tmp_path, changes, said):
+def test_errors_in_a_plan_are_reported_before_anything_runs(plan, tmp_path, changes, message):
     with pytest.raises(UserError) as caught:
         plan_jobs(read_plan(plan(**changes)))
-    assert any(said in line for line in caught.value.problems), caught.value.problems
+    assert any(message in line for line in caught.value.problems), caught.value.problems
     assert not (tmp_path / "runs").exists()
 
 
@@ -149,6 +149,6 @@ def test_a_folder_of_another_config_is_refused_and_an_unfinished_run_is_finished
     metrics.write_text("".join(whole[:-1]) + '{"step": 2, "valid_loss": 4.')
     code, out = finish(start(root, plan(runs=rows)))
     assert code == 0
-    assert "1 runs, 0 of them done before" in out and "ntp-s1: goes on after step 2" in out
+    assert "1 runs, 0 of them done before" in out and "ntp-s1: resumes after step 2" in out
     last = [json.loads(line) for line in (whole[-1], metrics.read_text().splitlines()[-1])]
     assert {**last[0], "seconds": 0} == {**last[1], "seconds": 0}

@@ -1,4 +1,4 @@
-"""Benchmark tasks during training: scored at their steps, by a process whose failure is not the run's."""
+"""Benchmark tasks during training: scored at their steps, by a process whose failure does not fail the run."""
 
 import json
 import signal
@@ -92,13 +92,13 @@ def test_a_signal_ends_the_scoring_and_the_run_goes_on_later(documents):
 
 
 @pytest.mark.parametrize(
-    ("evaluation", "said"),
+    ("evaluation", "message"),
     [
         ({"tasks": ["piqaa"]}, r"evaluation\.tasks piqaa is no task of lm-eval\. Did you mean piqa\?"),
         ({"tasks": ["piqa"], "tasks_data": "nowhere"}, r"evaluation\.tasks_data nowhere is no folder"),
     ],
     ids=str,
 )
-def test_tasks_that_cannot_be_scored_are_refused_at_the_start(documents, evaluation, said):
-    with pytest.raises(UserError, match=said):
+def test_tasks_that_cannot_be_scored_are_refused_at_the_start(documents, evaluation, message):
+    with pytest.raises(UserError, match=message):
         open_inputs(make_config(documents, "x", **evaluation), "cpu")

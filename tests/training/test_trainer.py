@@ -1,4 +1,4 @@
-"""The whole trainer on gloo: every ZeRO stage against one process, resuming against not stopping."""
+"""The whole trainer on gloo: every ZeRO stage against one process, resumed runs against uninterrupted ones."""
 
 import json
 import os

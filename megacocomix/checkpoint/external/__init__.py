@@ -1,1 +1,1 @@
-"""Checkpoints from elsewhere → ours, ours → the published code's folders, proved to be the same model."""
+"""Readers of other projects' checkpoints: Hugging Face, the published CoCoMix code, Megatron-LM, DeepSpeed."""

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO checkpoints of a GPT-2, under Hugging Face's names or ours → a source.
+"""Opens DeepSpeed ZeRO checkpoints of a GPT-2, in Hugging Face's parameter names or ours.
 
-DeepSpeed's own zero_to_fp32 merges the partitions. It asks torch.load to unpickle whatever a file wants
-(weights_only=False), so every file is looked through first, and torch is made to read weights only: see pickles.py.
+DeepSpeed's own zero_to_fp32 merges the partitions. It calls torch.load with weights_only=False, which would run code in
+a file's pickle. So every file is checked first, and torch is forced to read weights only: see pickles.py.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from megacocomix.checkpoint.external.source import (
     Source,
     check_tensors,
     method_from_hints,
-    neutral_config,
     parameter_shapes,
 )
 from megacocomix.config.schema import ModelConfig
@@ -28,16 +27,14 @@ from megacocomix.pickles import allow_list, weights_only
 
 
 def find_partitions(path: Path) -> Path | None:
-    """The folder with the partitions: PATH, or the one that PATH/latest names; None where there are none."""
-    for folder in (path, path / _latest(path)):
+    """The folder with the partitions: `path`, or the folder inside it named by the file `latest`. None if there are no
+    partitions."""
+    latest = path / "latest"
+    newest = Path(latest.read_text(errors="replace").strip()).name if latest.is_file() else ""
+    for folder in (path, path / newest):
         if folder.is_dir() and list(folder.glob("*_optim_states.pt")):
             return folder
     return None
-
-
-def _latest(path: Path) -> str:
-    file = path / "latest"
-    return Path(file.read_text(errors="replace").strip()).name if file.is_file() else ""
 
 
 def open_deepspeed(path: Path, hints: Hints) -> Source:
@@ -53,23 +50,23 @@ def _open_ours(path: Path, store: "MergedPartitions", hints: Hints) -> Source:
     shape = _shape(path, store, "embed.tokens", "embed.positions", hints)
     predictor = store.shapes.get("concept.predict.weight")
     method = method_from_hints(predictor[0], shape.num_layers, hints, path) if predictor else NEXT_TOKEN
-    check_tensors(store, parameter_shapes(neutral_config(shape, method)), path, ("head.weight",))
-    read = lambda name: store.read(name).float()
+    check_tensors(store, parameter_shapes(shape, method), path, ("head.weight",))
     if "head.weight" in store.shapes and not torch.equal(store.read("head.weight"), store.read("embed.tokens.weight")):
         raise UserError(f"{path}: head.weight is not embed.tokens.weight; only a tied head is read.")
+    read = lambda name: store.read(name).float()
     return Source("DeepSpeed ZeRO checkpoint of our model", path, shape, method, store.files, read, None)
 
 
-def _shape(path: Path, store: "MergedPartitions", words: str, positions: str, hints: Hints) -> ModelConfig:
+def _shape(path: Path, store: "MergedPartitions", tokens: str, positions: str, hints: Hints) -> ModelConfig:
     if hints.num_heads is None:
-        raise UserError(f"{path} does not say its number of attention heads: give --num-heads.")
+        raise UserError(f"{path} does not record its number of attention heads: give --num-heads.")
     sizes = {}
-    for part in (words, positions):
-        found = [size for name, size in store.shapes.items() if f".{name}".endswith(f".{part}.weight")]
+    for module in (tokens, positions):
+        found = [size for name, size in store.shapes.items() if f".{name}".endswith(f".{module}.weight")]
         if len(found) != 1 or len(found[0]) != 2:
-            raise UserError(f"{path} lacks {part}.weight: it is no GPT-2.")
-        sizes[part] = found[0]
-    vocab_size, width = sizes[words]
+            raise UserError(f"{path} lacks {module}.weight: it is no GPT-2.")
+        sizes[module] = found[0]
+    vocab_size, width = sizes[tokens]
     if hints.num_heads < 1 or width % hints.num_heads:
         raise UserError(f"{path}: --num-heads {hints.num_heads} does not divide its width {width}.")
     layers = {int(match[1]) for name in store.shapes if (match := re.search(r"(?:^|\.)(?:h|blocks)\.(\d+)\.", name))}
@@ -87,11 +84,11 @@ class MergedPartitions:
     """fp32 weights as zero_to_fp32 merges them, each when it is read."""
 
     def __init__(self, folder: Path):
-        # Here: the import takes seconds and chooses an accelerator, which every command would wait for and read about.
+        # Imported here: the import takes seconds, chooses an accelerator and prints about it.
         from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        self.files = sorted(folder.glob("*.pt"))
+        self.folder, self.files = folder, sorted(folder.glob("*.pt"))
         for file in self.files:
             if re.search(r"mp_rank_(?!00)\d+", file.name):
                 raise UserError(f"{file} is one of several tensor ranks; only ZeRO over data ranks is read.")
@@ -103,15 +100,15 @@ class MergedPartitions:
                 stack.enter_context(redirect(io.StringIO()))
             try:
                 state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name, lazy_mode=True)
-            except Exception as error:  # whatever DeepSpeed makes of a damaged file
+            except Exception as error:  # DeepSpeed raises many types for a damaged file
                 first = str(error).strip().split("\n")[0]
                 raise UserError(f"{folder} cannot be merged by DeepSpeed's zero_to_fp32: {first:.150}.") from None
         self._tensors = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        self.folder = folder
+        self.dtypes = dict.fromkeys(self.shapes, "fp32 partitions")
 
     def file_of(self, name: str) -> Path:
-        """The folder: every file holds a part of each tensor."""
+        """The folder: every file in it holds a part of each tensor."""
         return self.folder
 
     def read(self, name: str) -> Tensor:

@@ -1,29 +1,25 @@
-"""Megatron-LM's legacy GPT-2 checkpoints, tensor parallel or not → a source.
+"""Opens Megatron-LM's legacy GPT-2 checkpoints, tensor parallel or not.
 
-A folder (`iter_0001000` or `release`, or their parent, whose `latest_checkpointed_iteration.txt` says which) holds
-`mp_rank_00/model_optim_rng.pt` and one more such file a tensor rank. Names are nested: language_model → embedding →
+The folder is `iter_0001000` or `release`, or its parent, whose `latest_checkpointed_iteration.txt` names it. It holds
+one file a tensor rank: `mp_rank_00/model_optim_rng.pt` and so on. Names are nested: language_model → embedding →
 word_embeddings, position_embeddings; language_model → encoder (once transformer) → layers.N.….
 
-Ranks shard output rows of qkv, dense_h_to_4h and the token embedding, and input columns of the two projections back.
-Each rank's qkv rows lie [3, heads, size] in checkpoint version 0, [heads, size, 3] in 1, [heads, 3, size], which is
-our own layout, from 2 on.
+Ranks shard the output rows of qkv, dense_h_to_4h and the token embedding, and the input columns of the two projections
+back to the residual stream. Each rank's qkv rows are ordered [3, heads, size] in checkpoint version 0 and
+[heads, size, 3] in version 1. From version 2 on they are [heads, 3, size], which is our own layout.
 """
 
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megacocomix.checkpoint.external.source import (
-    NEXT_TOKEN,
-    Hints,
-    Source,
-    check_tensors,
-    neutral_config,
-    parameter_shapes,
-)
+from megacocomix.checkpoint.external.source import NEXT_TOKEN, Hints, Source, check_tensors, parameter_shapes
+from megacocomix.checkpoint.hf_names import INNER as HF_INNER
+from megacocomix.checkpoint.hf_names import hf_name
 from megacocomix.config.schema import ModelConfig
 from megacocomix.errors import UserError
 from megacocomix.pickles import load_pickle
@@ -36,12 +32,12 @@ OUTER = {
     "norm.bias": "encoder.final_layernorm.bias",
 }
 INNER = {
-    "norm_1": ("input_layernorm", "ln_1"),
-    "attention.qkv": ("self_attention.query_key_value", "attn.c_attn"),
-    "attention.out": ("self_attention.dense", "attn.c_proj"),
-    "norm_2": ("post_attention_layernorm", "ln_2"),
-    "mlp.up": ("mlp.dense_h_to_4h", "mlp.c_fc"),
-    "mlp.down": ("mlp.dense_4h_to_h", "mlp.c_proj"),
+    "norm_1": "input_layernorm",
+    "attention.qkv": "self_attention.query_key_value",
+    "attention.out": "self_attention.dense",
+    "norm_2": "post_attention_layernorm",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
 }
 SHARDED_BY_ROWS = (
     "query_key_value.weight",
@@ -51,7 +47,7 @@ SHARDED_BY_ROWS = (
     TOKENS,
 )
 SHARDED_BY_COLUMNS = ("self_attention.dense.weight", "dense_4h_to_h.weight")
-# What our model computes. Where a checkpoint's args say otherwise, its weights are of another model.
+# The settings that our model computes. A checkpoint whose args differ belongs to another model.
 EXPECTED = {
     "layernorm_epsilon": 1e-5,
     "apply_residual_connection_post_layernorm": False,
@@ -67,14 +63,14 @@ EXPECTED = {
 
 
 def find_ranks(path: Path) -> list[Path]:
-    """The files of all tensor ranks, in order; none where this is no Megatron checkpoint. Raises UserError where ranks
-    are missing or it was cut into pipeline stages."""
+    """The files of all tensor ranks, in order; empty if this is no Megatron checkpoint. Raises UserError if ranks are
+    missing or the checkpoint has pipeline stages."""
     pattern = "mp_rank_*/model_optim_rng.pt"
     tracker = path / "latest_checkpointed_iteration.txt"
     if tracker.is_file():
         iteration = tracker.read_text(errors="replace").strip()
         if iteration != "release" and not iteration.isdecimal():
-            raise UserError(f"{tracker} says {iteration[:40]!r}, not an iteration.")
+            raise UserError(f"{tracker} holds {iteration[:40]!r}, not an iteration.")
         path = path / (iteration if iteration == "release" else f"iter_{int(iteration):07d}")
         if not path.is_dir():
             raise UserError(f"{path} does not exist, but {tracker.name} names it.")
@@ -94,22 +90,20 @@ def open_megatron(path: Path, hints: Hints) -> Source:
     files = find_ranks(path)
     store = _Ranks(files)
     shape = _shape(store, hints, path)
-    shapes = parameter_shapes(neutral_config(shape, NEXT_TOKEN))
-    expected = {_megatron_name(name)[0]: tuple(size) for name, size in shapes.items()}
+    expected = {_megatron_name(name): size for name, size in parameter_shapes(shape, NEXT_TOKEN).items()}
     if store.shapes.get(TOKENS, (0,))[0] > shape.vocab_size:  # padded so that it divides among the ranks
         expected[TOKENS] = (store.shapes[TOKENS][0], shape.hidden_size)
     check_tensors(store, expected, path)
     kind = f"Megatron-LM checkpoint, version {store.version:g}, tensor parallel {len(files)}"
 
     def read(name: str) -> Tensor:
-        """Megatron's → ours."""
-        whole = store.read(_megatron_name(name)[0]).float()
+        whole = store.read(_megatron_name(name)).float()
         if ".attention.qkv." in name and store.version < 2:
             ranks = whole.chunk(len(files))
             whole = torch.cat([_by_head(rank, store.version, shape.num_heads // len(files)) for rank in ranks])
         return whole[: shape.vocab_size] if name == "embed.tokens.weight" else whole
 
-    return Source(kind, path, shape, NEXT_TOKEN, files, read, _HuggingFaceView(store, shape).read)
+    return Source(kind, path, shape, NEXT_TOKEN, files, read, _hf_reader(store, shape))
 
 
 def _by_head(rows: Tensor, version: float, num_heads: int) -> Tensor:
@@ -119,18 +113,17 @@ def _by_head(rows: Tensor, version: float, num_heads: int) -> Tensor:
     return rows.unflatten(0, (num_heads, -1, 3)).transpose(1, 2).flatten(0, 2)
 
 
-def _megatron_name(name: str) -> tuple[str, str]:
-    """Our name → Megatron's, and Hugging Face's of what lies in a layer."""
+def _megatron_name(name: str) -> str:
+    """Our name → Megatron's."""
     if name in OUTER:
-        return OUTER[name], ""
+        return OUTER[name]
     _, index, inner = name.split(".", 2)
     module, kind = inner.rsplit(".", 1)
-    theirs, hugging = INNER[module]
-    return f"encoder.layers.{index}.{theirs}.{kind}", f"{hugging}.{kind}"
+    return f"encoder.layers.{index}.{INNER[module]}.{kind}"
 
 
 class _Ranks:
-    """The tensors of all ranks, merged when they are read."""
+    """The tensors of all ranks. Each is unsharded when it is read."""
 
     def __init__(self, files: list[Path]):
         self.files = files
@@ -158,7 +151,7 @@ class _Ranks:
                 raise UserError(f"{file} holds {extra[0]}, which {files[0]} does not.")
 
     def file_of(self, name: str) -> Path:
-        """The first rank's file: all hold a shard of every tensor."""
+        """The first rank's file. Every rank's file holds a shard of every tensor."""
         return self.files[0]
 
     def read(self, name: str) -> Tensor:
@@ -172,13 +165,13 @@ def _sharded_dim(name: str) -> int | None:
 
 
 def _flat(content: dict, file: Path) -> dict[str, Tensor]:
-    """Nested dictionaries → one, under the newest of the names that Megatron used over the years."""
+    """Flatten nested dictionaries. Names that Megatron changed over the years become the newest ones."""
     try:
         model = content["model"]["language_model"]
-        parts = {"embedding": model["embedding"], "encoder": model.get("encoder") or model["transformer"]}
+        sections = {"embedding": model["embedding"], "encoder": model.get("encoder") or model["transformer"]}
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{file} holds no language_model with embedding and encoder.") from None
-    flat, stack = {}, [("", parts)]
+    flat, stack = {}, [("", sections)]
     while stack:
         prefix, values = stack.pop()
         for key, value in values.items():
@@ -204,11 +197,13 @@ def _shape(store: _Ranks, hints: Hints, path: Path) -> ModelConfig:
             raise UserError(f"{store.files[0]} lacks {name}.")
     num_heads = hints.num_heads or arguments.get("num_attention_heads")
     if not isinstance(num_heads, int):
-        raise UserError(f"{path} does not say its number of attention heads: give --num-heads.")
+        raise UserError(f"{path} does not record its number of attention heads: give --num-heads.")
     rows, width = store.shapes[TOKENS]
     vocab_size = hints.vocab_size or arguments.get("vocab_size")
     if not isinstance(vocab_size, int):
-        raise UserError(f"{path} does not say its true vocabulary, which is padded to {rows} rows: give --vocab-size.")
+        raise UserError(
+            f"{path} does not record its vocabulary without padding ({rows} rows with it): give --vocab-size."
+        )
     if vocab_size > rows:
         raise UserError(f"{path}: {TOKENS} has {rows} rows, fewer than the vocabulary of {vocab_size}.")
     if num_heads < 1 or width % num_heads or num_heads % len(store.files):
@@ -226,42 +221,36 @@ def _shape(store: _Ranks, hints: Hints, path: Path) -> ModelConfig:
     )
 
 
-class _HuggingFaceView:
-    """The same weights under Hugging Face's names, by index arithmetic on the merged rows and not through our layout:
-    what the conversion is checked against, as nothing here can run Megatron-LM."""
+def _hf_reader(store: _Ranks, shape: ModelConfig) -> Callable[[str], Tensor]:
+    """Reads the same weights by Hugging Face's names. It indexes the unsharded rows and never uses our layout, so that
+    the conversion can be checked against it: Megatron-LM itself cannot run here."""
+    outer = {hf_name(ours): theirs for ours, theirs in OUTER.items()}
+    inner = {hf: INNER[ours] for ours, hf in HF_INNER.items()}
 
-    def __init__(self, store: _Ranks, shape: ModelConfig):
-        self.store, self.shape = store, shape
-        self.names = {
-            "transformer.wte.weight": TOKENS,
-            "transformer.wpe.weight": OUTER["embed.positions.weight"],
-            "transformer.ln_f.weight": OUTER["norm.weight"],
-            "transformer.ln_f.bias": OUTER["norm.bias"],
-        }
-
-    def read(self, name: str) -> Tensor:
-        if name in self.names:
-            return self.store.read(self.names[name]).float()[: self.shape.vocab_size if "wte" in name else None]
-        _, _, index, inner = name.split(".", 3)
-        module, kind = inner.rsplit(".", 1)
-        megatron = next(theirs for theirs, hugging in INNER.values() if hugging == module)
-        tensor = self.store.read(f"encoder.layers.{index}.{megatron}.{kind}").float()
+    def read(name: str) -> Tensor:
+        if name in outer:
+            return store.read(outer[name]).float()[: shape.vocab_size if "wte" in name else None]
+        _, _, index, module_kind = name.split(".", 3)
+        module, kind = module_kind.rsplit(".", 1)
+        tensor = store.read(f"encoder.layers.{index}.{inner[module]}.{kind}").float()
         if module == "attn.c_attn":
-            tensor = tensor[self._rows()]
+            tensor = tensor[_qkv_rows(store, shape)]
         return tensor.T if tensor.dim() == 2 else tensor
 
-    def _rows(self) -> Tensor:
-        """For each of Hugging Face's qkv columns (part, head, element) the merged row where Megatron has it."""
-        size = self.shape.hidden_size // self.shape.num_heads
-        local = self.shape.num_heads // len(self.store.files)
-        part, head, element = torch.meshgrid(
-            torch.arange(3), torch.arange(self.shape.num_heads), torch.arange(size), indexing="ij"
-        )
-        rank, head = head // local, head % local
-        if self.store.version < 1:
-            within = (part * local + head) * size + element
-        elif self.store.version < 2:
-            within = (head * size + element) * 3 + part
-        else:
-            within = (head * 3 + part) * size + element
-        return (rank * (3 * local * size) + within).flatten()
+    return read
+
+
+def _qkv_rows(store: _Ranks, shape: ModelConfig) -> Tensor:
+    """For each of Hugging Face's qkv columns (part, head, element), the row of Megatron's unsharded tensor."""
+    size, local = shape.hidden_size // shape.num_heads, shape.num_heads // len(store.files)
+    part, head, element = torch.meshgrid(
+        torch.arange(3), torch.arange(shape.num_heads), torch.arange(size), indexing="ij"
+    )
+    rank, head = head // local, head % local
+    if store.version < 1:
+        within = (part * local + head) * size + element
+    elif store.version < 2:
+        within = (head * size + element) * 3 + part
+    else:
+        within = (head * 3 + part) * size + element
+    return (rank * (3 * local * size) + within).flatten()

@@ -1,6 +1,6 @@
-"""A GPT-2 on disk, with or without the concept module: its sizes, and its tensors under our names, one at a time.
+"""A GPT-2 on disk, with or without the concept module: its sizes, and its tensors in our names, read one at a time.
 
-All tensors are found and of the right shape before the first is read.
+All tensors are checked for presence and shape before the first is read.
 """
 
 import hashlib
@@ -12,13 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megacocomix.checkpoint.hf_names import to_hf
 from megacocomix.config.load import build_config
 from megacocomix.config.method import ARCHITECTURE, MethodConfig
 from megacocomix.config.schema import Config, ModelConfig
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
-from megacocomix.model.gpt2 import assemble
+from megacocomix.model.gpt2 import GPT2
 
 NEXT_TOKEN = MethodConfig(name="ntp").resolved()
 """The method of a model without a concept module."""
@@ -26,7 +25,7 @@ NEXT_TOKEN = MethodConfig(name="ntp").resolved()
 
 @dataclass(frozen=True)
 class Hints:
-    """What a source may not record about itself; None where unknown."""
+    """Settings that a source may not record itself; None if unknown."""
 
     insertion_layer: int | None = None
     num_kept: int | None = None
@@ -38,22 +37,22 @@ NO_HINTS = Hints()
 
 
 class Store(Protocol):
-    """Named tensors on disk, whatever the format."""
+    """Named tensors on disk, in any format."""
 
     files: list[Path]
     shapes: dict[str, tuple[int, ...]]
 
     def file_of(self, name: str) -> Path:
-        """The file (or folder) to name in an error about a tensor."""
+        """The file or folder to name in an error about a tensor."""
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor as it is stored."""
+        """A whole tensor in its stored dtype."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk. `read` gives our tensors in fp32; `read_hf` the same weights under Hugging Face's names by a way
-    of its own, None where there is no second way: parity.py compares the two."""
+    """A model on disk. `read` returns our tensors in fp32. `read_hf` returns the same weights in Hugging Face's names,
+    by a separate implementation, or is None if there is none: parity.py compares the two."""
 
     kind: str
     path: Path
@@ -66,8 +65,8 @@ class Source:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Shape of every parameter of ours."""
-        return parameter_shapes(neutral_config(self.shape, self.method))
+        """Shape of every parameter, by our names."""
+        return parameter_shapes(self.shape, self.method)
 
     @property
     def sha256(self) -> str:
@@ -76,7 +75,7 @@ class Source:
 
 
 def neutral_config(shape: ModelConfig, method: MethodConfig, tokenizer: str = "") -> Config:
-    """A config of a model that no run of ours trained: its sizes are true, paths are empty, and the schedule learns
+    """A config for a model that none of our runs trained. Its sizes are true; paths are empty, and the schedule trains
     nothing."""
     architecture = {key: getattr(method, key) for key in ARCHITECTURE}
     values = {
@@ -90,28 +89,22 @@ def neutral_config(shape: ModelConfig, method: MethodConfig, tokenizer: str = ""
     return build_config(values, "the sizes of the source")
 
 
-def parameter_shapes(config: Config) -> dict[str, torch.Size]:
-    """Shape of every parameter of a config's student."""
+def parameter_shapes(shape: ModelConfig, method: MethodConfig) -> dict[str, torch.Size]:
+    """Shape of every parameter, by our names. Raises UserError if the sizes do not fit each other."""
+    config = neutral_config(shape, method)
     with torch.device("meta"):
-        model = assemble(config)
+        model = GPT2(config.model, config.method)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def hf_shapes(shapes: Mapping[str, torch.Size], num_heads: int) -> dict[str, torch.Size]:
-    """Our names and shapes → Hugging Face's."""
-    pairs = (to_hf(name, torch.empty(shape, device="meta"), num_heads) for name, shape in shapes.items())
-    return {name: tensor.shape for name, tensor in pairs}
-
-
 def check_tensors(store: Store, expected: Mapping[str, tuple[int, ...]], where: Path, ignore=()) -> None:
-    """Raises UserError where a tensor is missing, of another shape, or unknown: one line, naming the first and how many
-    more there are."""
-    problems = [
-        f"{where} lacks {name}, of shape {list(expected[name])}" for name in expected if name not in store.shapes
-    ]
+    """Raises UserError if a tensor is missing, has another shape, or is unknown. The error is one line: it names the
+    first such tensor and counts the others. Unknown names that end with one of `ignore` are allowed."""
+    problems = []
     for name, shape in expected.items():
-        if tuple(store.shapes.get(name, shape)) != tuple(shape):
-            found = list(store.shapes[name])
+        if name not in store.shapes:
+            problems.append(f"{where} lacks {name}, of shape {list(shape)}")
+        elif (found := list(store.shapes[name])) != list(shape):
             problems.append(f"{store.file_of(name)}: {name} is of shape {found}, expected {list(shape)}")
     for name in store.shapes:
         if name not in expected and not name.endswith(tuple(ignore)):
@@ -122,15 +115,15 @@ def check_tensors(store: Store, expected: Mapping[str, tuple[int, ...]], where: 
 
 
 def method_from_hints(num_concepts: int, num_layers: int, hints: Hints, path: Path) -> MethodConfig:
-    """The published method with the sizes that only the hints know. Raises UserError where they do not, or where they
-    are impossible."""
+    """The published method, with the settings that only the hints give. Raises UserError if one is missing or
+    impossible."""
     for flag, value in (("--insertion-layer", hints.insertion_layer), ("--num-kept", hints.num_kept)):
         if value is None:
             raise UserError(
                 f"{path} does not record its concept settings: give {flag} (published sizes: 3 or 5, and 32)."
             )
     if not 0 <= hints.insertion_layer < num_layers:
-        raise UserError(f"{path}: insertion layer {hints.insertion_layer} is not below {num_layers}, its blocks.")
+        raise UserError(f"{path}: insertion layer {hints.insertion_layer} is not below its {num_layers} blocks.")
     if not 1 <= hints.num_kept <= num_concepts:
         raise UserError(f"{path}: {hints.num_kept} concepts kept, but it has {num_concepts}.")
     sizes = {"insertion_layer": hints.insertion_layer, "num_concepts": num_concepts, "num_kept": hints.num_kept}

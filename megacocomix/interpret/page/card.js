@@ -1,4 +1,4 @@
-// The card of the chosen concept: its numbers, what it moves, and where it is strongest.
+// The card of the chosen concept: its numbers, the tokens it promotes, and where it is strongest.
 
 function drawCard() {
   const concept = concepts.get(chosen);
@@ -10,7 +10,7 @@ function drawCard() {
 function whyNoNumbers() {
   const text = neverKept.has(chosen)
     ? "This concept was neither kept nor a label anywhere in the text, so there is nothing to show."
-    : "This concept’s numbers are not in the page; they are in the JSON that --out writes.";
+    : "This concept’s numbers are not in this page; they are in the JSON that --out writes.";
   return make("p", { class: "note", text });
 }
 
@@ -45,7 +45,7 @@ function cardParts(concept) {
 function tokenBars(title, pairs) {
   const largest = Math.max(...pairs.map(([, value]) => Math.abs(value)), 1e-9);
   const items = pairs.map(([token, value]) => {
-    const label = make("span", { class: "piece", text: piece(token) });
+    const label = make("span", { class: "token-label", text: tokenLabel(token) });
     const item = make("li", {}, label, make("span", { text: number(value) }));
     item.style.setProperty("--share", Math.abs(value) / largest);
     return item;
@@ -60,13 +60,13 @@ function histogram({ low, high, counts }) {
   const at = (index) => low + ((high - low) * index) / counts.length;
   const bars = counts.map((value, index) => {
     const tall = (value / most) * (height - bottom - 14);
-    const says = draw("title");
-    says.textContent = `${number(at(index))} to ${number(at(index + 1))}: ${many(value, "token")}`;
-    // An empty bin is drawn as nothing, one token as at least a line.
+    const title = draw("title");
+    title.textContent = `${number(at(index))} to ${number(at(index + 1))}: ${many(value, "token")}`;
+    // An empty bin has no bar; any other bar is at least one pixel high.
     const shown = value ? Math.max(tall, 1) : 0;
     return draw("rect", {
       x: left + index * step + 0.5, y: height - bottom - shown, width: step - 1, height: shown, class: "bar",
-    }, says);
+    }, title);
   });
   const label = (x, y, anchor, text) => {
     const element = draw("text", { x, y, "text-anchor": anchor });
@@ -74,10 +74,10 @@ function histogram({ low, high, counts }) {
     return element;
   };
   const tallest = `tallest bin: ${many(most, "token")}`;
-  const words = `Logits where the concept is kept, from ${number(low)} to ${number(high)}; ${tallest}`;
+  const description = `Logits where the concept is kept, from ${number(low)} to ${number(high)}; ${tallest}`;
   return make("figure", {},
     make("figcaption", { text: "Logits where it is kept" }),
-    draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": words, "data-testid": "histogram" },
+    draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": description, "data-testid": "histogram" },
       draw("line", { x1: left, x2: width - left, y1: height - bottom, y2: height - bottom, class: "axis" }), ...bars,
       label(left, height - 5, "start", number(low)), label(width / 2, height - 5, "middle", "logit"),
       label(width - left, height - 5, "end", number(high)), label(width - left, 9, "end", tallest),

@@ -1,21 +1,21 @@
-// Steering, where a server answers the page: sliders, and the plain and the steered text side by side as they come.
+// Steering, on a served page: sliders, and the plain and the steered text side by side while they are generated.
 
 const SCALE = { min: -10, max: 10, step: 0.5, start: 5 }; // a scale of 1 leaves a concept as it is
-const NO_EFFECT = 1e-6; // nats: less is rounding
+const NO_EFFECT = 1e-6; // nats; a smaller KL is rounding
 const steers = new Map(); // concept → scale
 const streams = {}; // "plain" | "steered" → {tokens, body, mean_kl …} of the last generation
 const serverToken = new URL(location.href).searchParams.get("token");
-let running = null; // AbortController of the request under way
+let running = null; // AbortController of the current request
 
 const field = (id) => byId(id).value;
-const say = (text, isError = false) => {
+const setStatus = (text, isError = false) => {
   byId("status").textContent = text;
   byId("status").classList.toggle("error", isError);
 };
 
 // ---- The sliders ----
 
-/** "Steer" for a concept, wherever it is shown; null in a file, where there is no one to generate. */
+/** A "steer" button for a concept; null in a file, which has no server. */
 function steerButton(id, extra = {}) {
   if (!live) return null;
   const button = make("button", { type: "button", class: "steer", text: "steer", ...extra });
@@ -29,7 +29,7 @@ function addSteer(id) {
     steers.set(id, SCALE.start);
     byId("steers").append(steerRow(id));
   }
-  sayWhatIsSteered();
+  showWhetherSteered();
   byId("steers").querySelector(`[data-concept="${id}"] input`).focus();
 }
 
@@ -41,14 +41,14 @@ function steerRow(id) {
   const meaning = make("span", { class: "note" });
   const set = (value) => {
     steers.set(id, value);
-    meaning.textContent = scaleWords(value);
+    meaning.textContent = scaleMeaning(value);
   };
   slider.addEventListener("input", () => {
     box.value = slider.value;
     set(slider.valueAsNumber);
   });
   box.addEventListener("input", () => {
-    if (!box.checkValidity()) return; // the form says so before it is sent
+    if (!box.checkValidity()) return; // the form shows the problem when it is submitted
     slider.value = box.value;
     set(box.valueAsNumber);
   });
@@ -58,7 +58,7 @@ function steerRow(id) {
   remove.addEventListener("click", () => {
     steers.delete(id);
     remove.closest("li").remove();
-    sayWhatIsSteered();
+    showWhetherSteered();
     byId("prompt").focus();
   });
   const label = make("button", { type: "button", class: "concept", title: "Choose this concept" },
@@ -68,13 +68,13 @@ function steerRow(id) {
   return make("li", { "data-concept": id }, label, slider, times, meaning, remove);
 }
 
-function scaleWords(value) {
-  if (value === 1) return "as it is";
-  if (value === 0) return "removed";
-  return value < 0 ? "turned round" : value < 1 ? "weaker" : "stronger";
+function scaleMeaning(value) {
+  if (value === 1) return "unchanged";
+  if (value === 0) return "set to 0";
+  return value < 0 ? "inverted" : value < 1 ? "weaker" : "stronger";
 }
 
-function sayWhatIsSteered() {
+function showWhetherSteered() {
   byId("no-steers").hidden = steers.size > 0;
   byId("no-steers").textContent = "No concept is steered. Press “steer” beside a concept to scale it.";
 }
@@ -99,7 +99,7 @@ async function generate() {
   const body = request();
   setRunning(true);
   clearStreams(body);
-  say("Waiting for the model …");
+  setStatus("Waiting for the model …");
   try {
     const headers = { "Content-Type": "application/json" };
     if (serverToken) headers.Authorization = `Bearer ${serverToken}`;
@@ -110,22 +110,22 @@ async function generate() {
     await readEvents(answer.body, body);
     if (running === mine) finish(body);
   } catch (error) {
-    if (running !== mine) return; // a newer request has the page
-    if (mine.signal.aborted) say("Stopped.");
-    else say(error instanceof TypeError ? "The server cannot be reached. Is it still running?" : error.message, true);
+    if (running !== mine) return; // a newer request has replaced this one
+    if (mine.signal.aborted) setStatus("Stopped.");
+    else setStatus(error instanceof TypeError ? "The server cannot be reached. Is it still running?" : error.message, true);
   } finally {
     if (running === mine) setRunning(false);
   }
 }
 
-/** The one line that says why the server refused. */
+/** The reason for which the server refused, in one line. */
 async function refusal(answer) {
   const { error } = await answer.json().catch(() => ({}));
-  const asks = "The server wants its token: open the address that it printed, with ?token=… at its end.";
+  const asks = "The server requires its token: open the address that it printed, with ?token=… at its end.";
   return answer.status === 401 ? asks : (error ?? `The server refused: ${answer.status} ${answer.statusText}`);
 }
 
-/** Events come a JSON line each, and the network cuts lines, and characters, where it likes. */
+/** Each event is a line of JSON. Network chunks may end inside a line or a character. */
 async function readEvents(stream, body) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -134,19 +134,19 @@ async function readEvents(stream, body) {
     rest = lines.pop();
     for (const line of lines) if (line.trim()) handle(JSON.parse(line), body);
   }
-  if (!ended) throw new Error("The answer broke off before its end.");
+  if (!ended) throw new Error("The answer was truncated.");
 }
 
-let ended = false; // the last answer reached its "done"
+let ended = false; // the last answer ended with "done"
 
 function handle(event, body) {
   if (event.event === "queued") {
-    say(`${many(event.ahead, "request")} ${event.ahead === 1 ? "is" : "are"} before yours.`);
+    setStatus(`${many(event.ahead, "request")} ${event.ahead === 1 ? "is" : "are"} before yours.`);
   } else if (event.event === "start") {
-    say("Generating …");
+    setStatus("Generating …");
     byId("cut").hidden = !event.cut;
-    const cut = `${many(event.cut, "token")} of the prompt ${event.cut === 1 ? "was" : "were"} cut`;
-    byId("cut").textContent = `${cut}: the context is ${whole(live.context)}.`;
+    const dropped = `${many(event.cut, "token")} of the prompt ${event.cut === 1 ? "was" : "were"} dropped`;
+    byId("cut").textContent = `${dropped}: the context is ${whole(live.context)}.`;
     for (const { body: passage } of Object.values(streams)) {
       passage.append(make("span", { class: "prompt", text: event.prompt.join("") }));
     }
@@ -188,17 +188,17 @@ function endStream(stream, event) {
   stream.facts.textContent = `${many(event.tokens, "token")}${why}`;
 }
 
-// ---- What the steering did ----
+// ---- The effect of the steering ----
 
 function finish({ steer, place }) {
-  say("Done.");
+  setStatus("Done.");
   if (!steer || !streams.steered.end) return;
   const { tokens, end } = streams.steered;
   const none = tokens.every(({ kl }) => kl < NO_EFFECT);
   const parts = [make("p", {}, make("strong", { text: none ? "The steering had no effect." : firstDifference() }),
     ` Mean KL of steered from plain: ${number(end.mean_kl)} nats a token.`)];
   for (const [id, times] of Object.entries(end.selected)) {
-    parts.push(make("p", { class: "selected", text: selectedWords(Number(id), times, end.tokens, none, place) }));
+    parts.push(make("p", { class: "selected", text: selectionText(Number(id), times, end.tokens, none, place) }));
   }
   byId("effect").replaceChildren(...parts);
 }
@@ -206,11 +206,11 @@ function finish({ steer, place }) {
 function firstDifference() {
   const [plain, steered] = [streams.plain.tokens, streams.steered.tokens];
   const at = steered.findIndex(({ text }, index) => text !== plain[index]?.text);
-  if (at < 0 && plain.length === steered.length) return "Other probabilities, but the same text.";
-  return `The texts part at new token ${(at < 0 ? steered.length : at) + 1}.`;
+  if (at < 0 && plain.length === steered.length) return "The probabilities differ, but the text is the same.";
+  return `The texts differ from new token ${(at < 0 ? steered.length : at) + 1} on.`;
 }
 
-function selectedWords(id, times, steps, none, place) {
+function selectionText(id, times, steps, none, place) {
   const start = `${id} ${nameOf(id)} was selected at ${whole(times)} of ${many(steps, "step")}`;
   if (times || !none) return `${start}.`;
   return place === "after"
@@ -227,7 +227,7 @@ function paintLive() {
   for (const { tokens } of Object.values(streams)) for (const token of tokens) paint(token, "student", liveScale);
 }
 
-/** Buttons follow the request, and the focus follows the buttons: a disabled one would lose it. */
+/** Enable the button that applies. The focus moves with it, because a disabled button would lose it. */
 function setRunning(isRunning) {
   const [from, to] = isRunning ? ["generate", "stop"] : ["stop", "generate"];
   const hadFocus = document.activeElement === byId(from);
@@ -243,7 +243,7 @@ function startLive() {
   byId("live-section").hidden = false;
   byId("max-new-tokens").max = live.max_new_tokens;
   byId("max-new-tokens").value = Math.min(64, live.max_new_tokens);
-  sayWhatIsSteered();
+  showWhetherSteered();
   byId("live-form").addEventListener("submit", (event) => {
     event.preventDefault();
     generate();
@@ -260,6 +260,6 @@ startList();
 startText();
 startLive();
 onChoose(drawCard);
-// First a concept that says something: one that is kept at every token colours the whole text.
+// Start with a rarer concept: one that is kept at every token would colour the whole text.
 const first = record.concepts.find(({ kept_share: share }) => share < 0.1) ?? record.concepts[0];
 if (first) choose(first.id);

@@ -1,7 +1,7 @@
 // The page's data and helpers, its head and the list of concepts.
 //
-// page.py puts page.js, card.js, text.js and live.js, in this order, into one module script: they share this scope, and the
-// functions of the later ones are there from the start.
+// page.py joins page.js, card.js, text.js and live.js, in this order, into one module script. They share one scope, and
+// functions of later files are available from the start.
 
 const byId = (id) => document.getElementById(id);
 const record = JSON.parse(byId("record").textContent);
@@ -10,7 +10,7 @@ const live = JSON.parse(byId("live").textContent);
 const concepts = new Map(record.concepts.map((concept) => [concept.id, concept]));
 const neverKept = new Set(record.never_kept);
 
-/** An element. `text` goes in as text, never as markup: every word of the record is a stranger's. */
+/** An element. `text` is inserted as text, never as markup: all text of the record is untrusted. */
 function make(tag, { text, ...attributes } = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -33,16 +33,16 @@ const whole = (value) => value.toLocaleString("en-US");
 const number = (value) => (value === null ? "–" : String(Number(value.toPrecision(3))).replace("-", "−"));
 const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`);
 const many = (value, noun) => `${whole(value)} ${noun}${value === 1 ? "" : "s"}`;
-/** A token as a label: its blanks and line ends can be seen. */
-const piece = (text) => text.replace(/^ | $/g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "◦";
+/** A token as a label, with visible blanks and line ends. */
+const tokenLabel = (text) => text.replace(/^ | $/g, "␣").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "◦";
 const oneLine = (text) => text.replace(/\n/g, "⏎");
 
 function nameOf(id) {
   const known = concepts.get(id)?.name ?? record.names[id];
-  return known ?? (neverKept.has(id) ? "never kept in this text" : "without a name here");
+  return known ?? (neverKept.has(id) ? "never kept in this text" : "no name in this page");
 }
 
-// The chosen concept. Whoever draws it says so with `onChoose`.
+// The chosen concept. Functions that draw it register with `onChoose`.
 let chosen = null;
 const drawers = [];
 const onChoose = (drawer) => drawers.push(drawer);
@@ -52,7 +52,7 @@ function choose(id) {
   for (const drawer of drawers) drawer();
 }
 
-/** A concept that can be chosen wherever it is spoken of. */
+/** A button that chooses a concept. */
 function conceptButton(id, note, extra = {}) {
   const button = make("button", { type: "button", class: "concept", "data-concept": id, ...extra });
   button.append(
@@ -78,28 +78,28 @@ function drawHead() {
       `${many(record.num_windows, "window")} of at most ${whole(record.context)}, from ${record.texts.join(", ")}.`],
     ["kept", `${whole(totals.kept)} of ${whole(record.num_concepts)}`,
       `Concepts that were among the ${record.num_kept} largest at least once. ${slots}`],
-    ["never kept", whole(totals.never_kept), "Concepts that the student mixed in nowhere in this text."],
+    ["never kept", whole(totals.never_kept), "Concepts that the student never kept in this text."],
     ["small columns", totals.small_columns === null ? "–" : whole(totals.small_columns),
-      "Concepts whose column of the compressing matrix is so small that keeping them changes next to nothing."],
-    ["hit@1", percent(totals.hit_1), "Share of labelled tokens whose first predicted concept is a label."],
-    ["hit@4", percent(totals.hit_4), "Share of labelled tokens where any of the first four predicted is a label."],
+      "Concepts whose column of the compressing matrix is so small that keeping them changes almost nothing."],
+    ["hit@1", percent(totals.hit_1), "Share of labelled tokens whose largest predicted concept is a label."],
+    ["hit@4", percent(totals.hit_4), "Share of labelled tokens where any of the four largest predicted concepts is a label."],
     ["recall@4", percent(totals.recall_4),
-      "Of a token’s labels, the share that is among the first four predicted; the mean over labelled tokens."],
+      "Share of a token’s labels that are among the four largest predicted concepts; mean over labelled tokens."],
     ["labelled", totals.labelled === null ? "–" : whole(totals.labelled),
-      "Concepts that were the teacher’s label at least once in this text."],
+      "Concepts that were a label of the teacher at least once in this text."],
     ["dead in teacher", totals.teacher_dead === null ? "–" : whole(totals.teacher_dead),
-      "Latents of the teacher’s autoencoder that were active nowhere in this text."],
+      "Latents of the teacher’s autoencoder that were never active in this text."],
   ];
   for (const [name, value, meaning] of facts) {
-    if (value === "–") continue; // what nobody asked the teacher for
+    if (value === "–") continue; // without a teacher there is no value
     byId("totals").append(make("div", { title: meaning }, make("dt", { text: name }), make("dd", { text: value })));
     byId("explanations").append(make("dt", { text: name }), make("dd", { text: meaning }));
   }
   const about = [
-    ["precision@k", "Of labelled tokens where the concept is among the k first, the share where it is a label."],
-    ["recall@k", "Of tokens that have the concept as a label, the share where it is among the k first."],
-    ["column norm", "Length of the concept’s column of the compressing matrix: what a unit of its logit moves."],
-    ["promotes", "Tokens whose logit the concept’s column raises most, read through the student’s head alone."],
+    ["precision@k", "Of labelled tokens where the concept is among the k largest, the share where it is a label."],
+    ["recall@k", "Of tokens that have the concept as a label, the share where it is among the k largest."],
+    ["column norm", "Norm of the concept’s column of the compressing matrix: the effect of one unit of its logit."],
+    ["promotes", "Tokens whose logit the concept’s column raises most when read directly through the student’s head."],
     ["teacher", teacher && `${teacher.model} with ${teacher.sae}: ${many(teacher.num_labels, "label")} a token by `
       + `${teacher.label_source} (${teacher.label_sign}), at ${many(teacher.num_labelled, "token")}.`],
     ["weights", `SHA-256 ${record.sha256}`],
@@ -117,7 +117,7 @@ const SORTS = {
   recall: { label: "recall@4", of: (concept) => concept.recall_4, show: percent },
   norm: { label: "column norm", of: (concept) => concept.column_norm, show: number },
 };
-const PAGE_SIZE = 100; // rows at a time: a list of thousands would be slow to lay out and no one reads it
+const PAGE_SIZE = 100; // rows at a time: thousands of rows would be slow to lay out
 let numShown = PAGE_SIZE;
 
 const haystack = new Map(
@@ -127,7 +127,7 @@ const haystack = new Map(
   ]),
 );
 
-/** Concepts that match every word of the search, in the chosen order; one that is named by its id comes first. */
+/** Concepts that match every word of the search, in the chosen order. A concept whose id is searched comes first. */
 function found() {
   const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const { of } = SORTS[byId("sort").value];
@@ -158,7 +158,7 @@ function drawList() {
   markChosenRow();
 }
 
-/** One row of the list is in the tab order: the chosen one if it is shown, else the first. */
+/** Mark the chosen row. Only one row is in the tab order: the chosen one if it is shown, else the first. */
 function markChosenRow() {
   const list = byId("concept-list");
   for (const button of list.querySelectorAll("[aria-current], [tabindex='0']")) {
@@ -171,7 +171,7 @@ function markChosenRow() {
   if (entry) entry.tabIndex = 0;
 }
 
-/** Up and down from row to row, left and right between a row and its steer button. */
+/** Arrow keys: up and down between rows, left and right between a row and its steer button. */
 function moveInList(event) {
   const rows = [...byId("concept-list").children];
   const at = rows.findIndex((row) => row.contains(document.activeElement));

@@ -1,4 +1,4 @@
-// Tokens, coloured by the chosen concept and walked with the arrow keys, and the card that says what is kept at one.
+// Tokens, coloured by the chosen concept, with arrow-key navigation, and the hover card of the concepts at a token.
 
 const VIEWS = {
   student: { label: "student", unit: "logit where kept", pairs: (token) => token.kept },
@@ -12,8 +12,8 @@ const shownTokens = []; // of the record's windows, in order; those of a generat
 let view = "student";
 
 /**
- * The element of a token: {text, kept: [[id, logit]…], labels, active, where: words for its place, kl}.
- * Each line end is preceded by an empty element that the style fills with a faint ⏎, so a copied text stays the text.
+ * The element of a token: {text, kept: [[id, logit]…], labels, active, where: its position as text, kl}.
+ * Before each line end is an empty element to which the style adds a faint ⏎, so copied text does not have it.
  */
 function tokenElement(token) {
   const element = make("span", { class: token.text ? "token" : "token empty", "data-testid": "token" });
@@ -27,10 +27,10 @@ function tokenElement(token) {
   return element;
 }
 
-/** How strong the chosen concept is at a token, or undefined where it is not. */
+/** The strength of the chosen concept at a token; undefined if it is not there. */
 const strength = (token, of) => VIEWS[of].pairs(token)?.find(([id]) => id === chosen)?.[1];
 
-/** What the faintest and the fullest colour stand for: the chosen concept's values in the whole text. */
+/** The values of the faintest and the strongest colour: the range of the chosen concept in the whole text. */
 function scaleOf(of) {
   const top = of === "student" ? concepts.get(chosen)?.max_logit : null;
   let [low, high] = [Infinity, top ?? -Infinity];
@@ -43,7 +43,7 @@ function scaleOf(of) {
 
 const HEATS = 10; // steps of colour, as many as page.css has
 
-/** Colour one token. Only what changes is touched: a page has thousands of tokens and few that carry a concept. */
+/** Colour one token. Updates only changes: a page has thousands of tokens, and few of them have the concept. */
 function paint(token, of, { low, high }) {
   const value = strength(token, of);
   const share = high > low ? (value - low) / (high - low) : 1;
@@ -66,7 +66,7 @@ function paintText() {
 function drawLegend({ low, high }) {
   const { unit } = VIEWS[view];
   const count = shownTokens.filter(isColoured).length;
-  byId("legend-words").replaceChildren(
+  byId("legend-text").replaceChildren(
     make("strong", { text: `${chosen} ${nameOf(chosen)}` }),
     ` at ${whole(count)} of ${many(shownTokens.length, "shown token")}`,
   );
@@ -99,12 +99,12 @@ function drawWindows() {
   byId("text").replaceChildren(...sections);
   if (record.windows.length < record.num_windows) {
     const rest = `The first ${whole(record.windows.length)} of ${many(record.num_windows, "window")} are shown`;
-    byId("text").append(make("p", { class: "note", text: `${rest}; the numbers are of all. More with --shown.` }));
+    byId("text").append(make("p", { class: "note", text: `${rest}; the numbers cover all of them. --shown shows more.` }));
   }
   if (shownTokens.length) shownTokens[0].element.tabIndex = 0;
 }
 
-/** The picker says how often the chosen concept is in each window. */
+/** Show in the picker how often the chosen concept is in each window. */
 function countWindows() {
   const counts = record.windows.map(() => 0);
   for (const token of shownTokens) counts[token.window] += isColoured(token);
@@ -113,12 +113,12 @@ function countWindows() {
   });
 }
 
-/** Scroll to a token of a window, and put the focus there. */
+/** Scroll to a token of a window, and focus it. */
 function goTo(window, position) {
   focusToken(byId(`window-${window}`).querySelectorAll(".token")[position]);
 }
 
-/** Roving tabindex: each passage has one token in the tab order, the one that was focused last. */
+/** Roving tabindex: each passage has one token in the tab order, the last focused one. */
 function focusToken(element, scroll = true) {
   if (!element) return;
   const entries = element.closest(".passage").querySelectorAll(".token[tabindex]");
@@ -128,7 +128,7 @@ function focusToken(element, scroll = true) {
   if (scroll) element.scrollIntoView({ block: "center" });
 }
 
-/** The next or last coloured token from the one that was focused last, round the end. */
+/** Go to the next or previous coloured token from the last focused one, and wrap around. */
 function jump(by) {
   const at = shownTokens.findIndex((token) => token.element.tabIndex === 0);
   const ahead = by > 0
@@ -141,7 +141,7 @@ function jump(by) {
 
 const hover = () => byId("hover");
 let pointedAt = null;
-let pinned = false; // by a tap, a click or the keyboard: it stays until Esc or a click elsewhere
+let pinned = false; // opened by a tap, a click or the keyboard: stays until Esc or a click elsewhere
 let timer = 0;
 
 function showHover(element) {
@@ -155,8 +155,8 @@ function showHover(element) {
   placeHover(element);
 }
 
-/** Under the token, or over it where there is no room, in page coordinates: it moves with the text. On a phone it is a
- * sheet at the bottom, and the text makes room for it. */
+/** Place the card below the token, or above it if there is no room, in page coordinates, so it scrolls with the text.
+ * On a phone it is a sheet at the bottom, and the page scrolls so that it does not cover the token. */
 function placeHover(element) {
   const isSheet = getComputedStyle(hover()).position === "fixed";
   const box = element.getClientRects()[0] ?? element.getBoundingClientRect();
@@ -169,7 +169,7 @@ function placeHover(element) {
   hover().style.setProperty("--top", `${(below ? box.bottom + 6 : box.top - height - 6) + scrollY}px`);
 }
 
-/** The chosen concept is marked in the card too. */
+/** Mark the chosen concept in the hover card. */
 function markHovered() {
   for (const button of hover().querySelectorAll(".concept")) {
     button.toggleAttribute("aria-current", Number(button.dataset.concept) === chosen);
@@ -186,10 +186,10 @@ function hideHover() {
 
 function hoverParts(token) {
   const { kept, labels, active } = token;
-  const says = (id) => [labels?.includes(id) && "✓ label", active?.some(([other]) => other === id) && "● active"];
+  const marksOf = (id) => [labels?.includes(id) && "✓ label", active?.some(([other]) => other === id) && "● active"];
   const student = kept.slice(0, MOST_PREDICTED).map(([id, logit]) =>
-    make("li", { class: says(id)[0] ? "match" : null },
-      conceptButton(id, number(logit)), make("span", { class: "marks", text: says(id).filter(Boolean).join(" ") })));
+    make("li", { class: marksOf(id)[0] ? "match" : null },
+      conceptButton(id, number(logit)), make("span", { class: "marks", text: marksOf(id).filter(Boolean).join(" ") })));
   const columns = [column("Student keeps", student, "No concept slot at this token.")];
   if (kept.length > MOST_PREDICTED) {
     columns[0].append(make("p", { class: "note", text: `and ${kept.length - MOST_PREDICTED} weaker ones` }));
@@ -207,7 +207,7 @@ function hoverParts(token) {
   }
   const where = [token.where, token.kl > 0 && `KL ${number(token.kl)} nats`].filter(Boolean).join(" · ");
   return [
-    make("p", { class: "hover-head" }, make("span", { class: "piece", text: piece(token.text) }),
+    make("p", { class: "hover-head" }, make("span", { class: "token-label", text: tokenLabel(token.text) }),
       make("span", { class: "muted", text: where })),
     make("div", { class: "hover-columns" }, ...columns),
   ];
@@ -218,7 +218,7 @@ function column(title, items, empty) {
   return make("div", {}, make("h3", { text: title }), body);
 }
 
-/** Keys of a focused token. Enter goes into its card, Esc in the card comes back. */
+/** Keys of a focused token. Enter moves the focus into its card, Esc moves it back. */
 function tokenKeys(event) {
   const element = event.target.closest(".token");
   if (!element || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -234,7 +234,7 @@ function tokenKeys(event) {
   }
 }
 
-/** Let the tokens inside `passage`, now and later, be pointed at, focused and tapped. */
+/** Show the hover card for the present and future tokens of `passage` when they are pointed at, focused or tapped. */
 function watchTokens(passage) {
   passage.addEventListener("pointerover", (event) => {
     const element = event.target.closest(".token");
@@ -259,7 +259,7 @@ function watchTokens(passage) {
   passage.addEventListener("keydown", tokenKeys);
 }
 
-/** The pointer needs a moment to travel from the token into the card. */
+/** Hide with a delay, so that the pointer can move from the token into the card. */
 function hideSoon() {
   if (pinned) return;
   clearTimeout(timer);
