@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import yaml
 
+from megacocomix.config.yaml_text import parse_yaml
 from megacocomix.errors import UserError
 from megacocomix.files import write_json, write_text
 
@@ -47,27 +48,36 @@ def upgrade(path: Path) -> list[str]:
 
 def _upgrade_yaml(file: Path) -> list[str]:
     try:
-        text = file.read_text()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        text = file.read_bytes().decode()  # not read_text, which would change line ends
+        edits = list(_yaml_edits(yaml.compose(text, Loader=yaml.SafeLoader), ""))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split()):.120}.") from None
-    edits = [edit for edit in _yaml_edits(root, "") if text[edit[0] : edit[1]] != edit[2]]
-    for start, stop, new in sorted(edits, reverse=True):  # from the end, so that earlier positions stay valid
-        text = text[:start] + new + text[stop:]
+    for edit in sorted(edits, reverse=True):  # from the end, so that earlier positions stay valid
+        text = text[: edit.start] + edit.text + text[edit.stop :]
+    parse_yaml(text, str(file))  # an option may have been there under both names
     if edits:
         write_text(file, text)
-    return [f"{file}: {name}" for *_, name in sorted(edits)]
+    return [f"{file}: {edit.old} is now {RENAMED[edit.old]}" for edit in sorted(edits) if edit.is_key]
 
 
-def _yaml_edits(node: yaml.Node | None, path: str) -> Iterator[tuple[int, int, str]]:
-    """(start, stop, new text) of every old name and value below a node. `path` is the node's dotted key."""
+class _Edit(NamedTuple):
+    start: int
+    stop: int
+    text: str
+    old: str
+    is_key: bool = True
+
+
+def _yaml_edits(node: yaml.Node | None, path: str) -> Iterator[_Edit]:
+    """Every old name and value below a node. `path` is the node's dotted key."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             dotted = f"{path}.{key.value}" if path else str(key.value)
             if new := RENAMED.get(dotted):
-                yield key.start_mark.index, key.end_mark.index, new.key.rpartition(".")[2]
+                yield _Edit(key.start_mark.index, key.end_mark.index, new.key.rpartition(".")[2], dotted)
                 if new.values and value.value in new.values:
-                    yield value.start_mark.index, value.end_mark.index, str(new.values[value.value]).lower()
+                    text = str(new.values[value.value]).lower()
+                    yield _Edit(value.start_mark.index, value.end_mark.index, text, dotted, is_key=False)
             yield from _yaml_edits(value, dotted)
     elif isinstance(node, yaml.SequenceNode):  # in a plan: items are section.key=value
         for item in node.value:
@@ -77,7 +87,7 @@ def _yaml_edits(node: yaml.Node | None, path: str) -> Iterator[tuple[int, int, s
         if equals and (new := RENAMED.get(key)):
             value = str(new.values[value]).lower() if new.values and value in new.values else value
             quote = node.style or ""
-            yield node.start_mark.index, node.end_mark.index, f"{quote}{new.key}={value}{quote}"
+            yield _Edit(node.start_mark.index, node.end_mark.index, f"{quote}{new.key}={value}{quote}", key)
 
 
 def _upgrade_manifest(file: Path) -> list[str]:
@@ -92,8 +102,8 @@ def _upgrade_manifest(file: Path) -> list[str]:
         values = sections.get(section) or {}
         if key in values:
             value = values.pop(key)
-            values[new.key.rpartition(".")[2]] = (new.values or {}).get(value, value)
-            lines.append(f"{file}: {new.key}")
+            values[new.key.rpartition(".")[2]] = new.values.get(value, value) if new.values else value
+            lines.append(f"{file}: {old} is now {new}")
         if old in manifest.get("inputs", {}):  # option → hash of the file it names
             manifest["inputs"][new.key] = manifest["inputs"].pop(old)
     if lines:

@@ -107,22 +107,37 @@ def open_model(path: str | Path, device: str | torch.device | None = None) -> Op
         return _open_with_transformers(found, device)
     try:
         loaded = load_model(found)
-    except UserError:
+    except UserError as error:
         if model_type != "gpt2":
             raise
-        return _open_with_transformers(found, device)  # a GPT-2 that our modules cannot run, such as an untied one
+        try:
+            return _open_with_transformers(found, device)  # a GPT-2 that our modules cannot run, such as an untied one
+        except UserError:
+            raise error from None
     return OpenModel(to_cocomix(loaded).to(device), loaded.path, loaded.sha256, loaded.config)
 
 
 def _open_with_transformers(folder: Path, device: str | torch.device) -> OpenModel:
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns in a table of what the check below says in one line
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises many types
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} is no causal language model that can be loaded ({reason:.200}).") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    # transformers draws what is missing and ignores what it does not know.
+    if unfit := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
+        raise UserError(f"{folder}/config.json does not fit its weights: {unfit[0]} and {len(unfit) - 1} more tensors.")
     if not getattr(model.config, "max_position_embeddings", None):
         raise UserError(f"{folder} does not record how many tokens it reads: set max_position_embeddings.")
     return OpenModel(model.eval().to(device), folder, weights_sha256(folder), None)

@@ -1,0 +1,77 @@
+"""One opener: what a folder holds decides the class, and what does not fit its config is never filled with noise."""
+
+import pytest
+import torch
+from external_checkpoints import huggingface_model
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import tiny
+from megacocomix.errors import UserError
+from megacocomix.hf.export import export_hf
+from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
+from megacocomix.hf.open import open_model
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["ntp", "cocomix", "kd+pause"])
+def test_an_exported_folder_is_opened_as_our_class_with_the_same_weights(tmp_path, method):
+    loaded = tiny.loaded(name=method)
+    export_hf(loaded, tmp_path / "out", "gpt2")
+    opened = open_model(tmp_path / "out")
+    assert type(opened.model) is CocomixForCausalLM and not opened.model.training
+    assert (opened.path, opened.config, len(opened.sha256)) == (tmp_path / "out", None, 64)
+    torch.testing.assert_close(opened.model(TOKENS).logits, loaded.model(TOKENS)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_gpt2_is_our_class_and_one_that_our_modules_cannot_run_keeps_its_own(tmp_path):
+    huggingface_model().save_pretrained(tmp_path / "tied")
+    assert type(open_model(tmp_path / "tied").model) is CocomixForCausalLM
+    untied = GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2, tie_word_embeddings=False)
+    ).eval()
+    untied.save_pretrained(tmp_path / "untied")
+    opened = open_model(tmp_path / "untied")
+    assert type(opened.model) is GPT2LMHeadModel
+    torch.testing.assert_close(opened.model(TOKENS).logits, untied(TOKENS).logits, rtol=0, atol=0)
+
+
+def test_another_architecture_is_opened_by_transformers(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=64, max_position_embeddings=16, **shape)).eval()
+    llama.save_pretrained(tmp_path / "llama")
+    opened = open_model(tmp_path / "llama")
+    assert opened.context == 16
+    torch.testing.assert_close(opened.model(TOKENS).logits, llama(TOKENS).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda t: t.pop("transformer.h.1.mlp.c_fc.bias"), "lacks transformer.h.1.mlp.c_fc.bias"),
+        (lambda t: t.update({"transformer.h.9.ln_1.bias": torch.zeros(32)}), "holds transformer.h.9.ln_1.bias"),
+    ],
+    ids=["missing", "extra"],
+)
+def test_weights_that_do_not_fit_are_refused_without_a_table(tmp_path, capfd, change, what):
+    huggingface_model().save_pretrained(tmp_path / "hf")
+    change_weights(tmp_path / "hf", change)
+    capfd.readouterr()
+    with pytest.raises(UserError, match=what):
+        open_model(tmp_path / "hf")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_weights_of_another_architecture_that_do_not_fit_are_refused(tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)).save_pretrained(tmp_path / "llama")
+    change_weights(tmp_path / "llama", lambda tensors: tensors.pop("model.layers.1.input_layernorm.weight"))
+    with pytest.raises(UserError, match=r"model.layers.1.input_layernorm.weight and 0 more tensors"):
+        open_model(tmp_path / "llama")
