@@ -20,7 +20,7 @@ setup: $(VENV)/.installed
 # GPU, a CPU build is taken from wherever pip finds one, or from PyTorch's own index, which uv knows.
 $(VENV)/.installed: setup.cfg constraints.txt pyproject.toml
 	@echo "== setting up $(VENV): torch, DeepSpeed and the rest, a few minutes"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then \
 	  $(BIN)/pip install --quiet --no-compile torch==$(TORCH); \

@@ -11,6 +11,7 @@ torchrun turns 2 and 75 into 1. Under deepspeed, send the signal to the processe
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def main() -> None:
     # Before the processes connect, which takes time and may fail for other reasons.
     check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
     runtime = start_runtime()
+    from megacocomix.signals import NUMBERS
     from megacocomix.training.trainer import train
 
     try:
@@ -47,6 +49,8 @@ def main() -> None:
         if runtime.is_main:
             print_errors(error)
         code = EXIT_USER
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN)  # the exit code is decided: a repeated signal must not change it
     stop_runtime()
     # All files are written and closed. Skip the interpreter's shutdown: under load, its race with threads of the native
     # libraries has aborted a process whose run had finished.

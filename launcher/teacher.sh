@@ -8,19 +8,19 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c GPU || true)
 processes=${PROCESSES:-$((gpus > 0 ? (gpus > 2 ? 2 : gpus) : 2))}
 text=assets/corpus/wiki_vital.jsonl.gz
 
-say() { printf '\n== %s\n' "$*"; }
+heading() { printf '\n== %s\n' "$*"; }
 
-[ ! -e "$out" ] || { echo "error: $out exists already: remove it, or say where to: launcher/teacher.sh DIR" >&2; exit 2; }
-say "1/5 training the tokenizer"
+[ ! -e "$out" ] || { echo "error: $out exists already: remove it, or name another folder: launcher/teacher.sh DIR" >&2; exit 2; }
+heading "1/5 training the tokenizer"
 [ -e data/teacher/tokenizer.model ] || python tools/train_tokenizer.py $text --out data/teacher/tokenizer.model --vocab-size 4096 --valid 0.05
-say "2/5 preparing the text"
+heading "2/5 preparing the text"
 python tools/prepare_data.py $text --out data/teacher --tokenizer data/teacher/tokenizer.model --valid 0.05
-say "3/5 pretraining the teacher"
+heading "3/5 pretraining the teacher"
 deepspeed --log_level error --num_accelerators "$processes" launcher/pretrain.py --config configs/teacher.yaml
-say "4/5 exporting it"
+heading "4/5 exporting it"
 python tools/convert_checkpoint.py runs/teacher --out "$out" --to hf
 python tools/evaluate.py perplexity "$out" --data data/teacher/valid
-say "5/5 training its autoencoder"
+heading "5/5 training its autoencoder"
 python tools/train_sae.py --teacher "$out" --data data/teacher/train --valid data/teacher/valid \
   --layer 3 --latents 2048 --k 16 --steps 2000 --batch-rows 2048 --lr 1e-3 --out "$out/sae.safetensors"
-say "done: $out; to ship it, put it in the place of assets/teacher and write its model card"
+heading "done: $out; to ship it, put it in the place of assets/teacher and write its model card"

@@ -29,6 +29,8 @@ def write_aside(path: str | Path) -> Iterator[Path]:
     try:
         yield aside
         if aside.is_file():
+            if path.is_file():
+                shutil.copymode(path, aside)
             with open(aside, "rb") as file:
                 os.fsync(file.fileno())
         os.replace(aside, path)

@@ -27,7 +27,7 @@ def main() -> None:
     """Parse the command line, convert, and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "source", metavar="SOURCE", help="an autoencoder of any format above; with --to saelens, one of ours"
+        "source", metavar="SOURCE", help="an autoencoder of any format above; with --to saelens, one in our format"
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="PATH", help="file or folder to write; never overwritten"

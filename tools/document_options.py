@@ -12,7 +12,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacocomix.config.method import COCOMIX, PRESETS
+from megacocomix.config.method import PRESETS
 from megacocomix.config.schema import Config, section_type
 from megacocomix.errors import run_cli
 
@@ -20,7 +20,7 @@ from megacocomix.errors import run_cli
 def options_page() -> str:
     """The whole page as Markdown."""
     lines = ["# Options", ""]
-    lines += ["`tools/document_options.py` generates this page from the docstrings in `megacocomix/config/`.", ""]
+    lines += ["Made by `tools/document_options.py` of the docstrings in `config/schema.py` and `config/method.py`.", ""]
     lines += ["A recipe is a YAML file with these sections; on the command line an option is `section.key=value`.", ""]
     for name, field in Config.model_fields.items():
         section = section_type(name)
@@ -39,11 +39,11 @@ def options_page() -> str:
 
 
 def _presets_table() -> list[str]:
-    """The settings of each method.name; a dash if the value is that of cocomix."""
-    lines = [f"| `name` | {' | '.join(f'`{key}`' for key in COCOMIX)} |", f"|---|{'---|' * len(COCOMIX)}"]
+    """The settings of each method.name; a dash where it sets nothing."""
+    keys = list(dict.fromkeys(key for preset in PRESETS.values() for key in preset))
+    lines = [f"| `name` | {' | '.join(f'`{key}`' for key in keys)} |", f"|---|{'---|' * len(keys)}"]
     for name, preset in PRESETS.items():
-        differs = lambda key, name=name, preset=preset: name == "cocomix" or preset[key] != COCOMIX[key]
-        lines.append(f"| `{name}` | {' | '.join(f'`{preset[key]}`' if differs(key) else '–' for key in COCOMIX)} |")
+        lines.append(f"| `{name}` | {' | '.join(f'`{preset[key]}`' if key in preset else '–' for key in keys)} |")
     return lines
 
 

@@ -40,16 +40,18 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="perplexity|tasks|steering")
 
-    def command(name: str, run: Callable, help_: str, batch: int) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, help_: str, batch: int, unit: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help_, description=help_, allow_abbrev=False)
         made.set_defaults(run=run)
-        made.add_argument("model", metavar="RUN|FOLDER", help="a run, a checkpoint of ours or a Hugging Face folder")
-        made.add_argument("--batch", type=int, default=batch, metavar="N", help=f"at a time (default {batch})")
+        made.add_argument("model", metavar="RUN|FOLDER", help="a run, a native checkpoint or a Hugging Face folder")
+        made.add_argument("--batch", type=int, default=batch, metavar="N", help=f"{unit} per batch (default {batch})")
         return made
 
-    perplexity = command("perplexity", measure_perplexity, "validation perplexity on all held-out tokens", 8)
-    tasks = command("tasks", measure_tasks, "benchmarks of lm-evaluation-harness", 8)
-    steering = command("steering", measure_steering, "how well concepts steer the text, judged by the teacher", 256)
+    perplexity = command("perplexity", measure_perplexity, "validation perplexity on all held-out tokens", 8, "windows")
+    tasks = command("tasks", measure_tasks, "benchmarks of lm-evaluation-harness", 8, "requests")
+    steering = command(
+        "steering", measure_steering, "how well concepts steer the text, judged by the teacher", 256, "texts"
+    )
     perplexity.add_argument("--data", metavar="PATH", help="held-out tokens; by default data.valid of the run's config")
     tasks.add_argument("--tasks", default="paper", metavar="A,B", help="paper (default), or names of the harness")
     tasks.add_argument(
@@ -62,16 +64,16 @@ def parse() -> argparse.Namespace:
         each.add_argument(
             "--all-checkpoints", action="store_true", help="every checkpoint of a run that is not done yet"
         )
-        each.add_argument("--out", metavar="FILE", help="write the result of a Hugging Face folder here too, as JSON")
+        each.add_argument("--out", metavar="FILE", help="also write the result to this JSON file")
     steering.add_argument("--data", metavar="PATH", help="held-out tokens; by default data.valid of the run's config")
     steering.add_argument("--concepts", metavar="N|A,B", help="those most often kept (default 50), or these ids")
-    steering.add_argument("--scales", metavar="A,B", help="written --scales=-4,0,8 (default =-10,-4,0,2,4,8,10)")
-    steering.add_argument("--place", choices=("before", "after"), help="the largest are kept (default before)")
+    steering.add_argument("--scales", metavar="A,B", help="written --scales=-4,0,8 (default -10,-4,0,2,4,8,10)")
+    steering.add_argument("--place", choices=("before", "after"), help="edit before/after selection (default before)")
     steering.add_argument("--prompts", type=int, metavar="N", help="beginnings of held-out windows (default 6)")
-    steering.add_argument("--prompt-tokens", type=int, metavar="N", help="of each (default 16)")
-    steering.add_argument("--new-tokens", type=int, metavar="N", help="of each text at most (default 48)")
-    steering.add_argument("--seed", type=int, metavar="N", help="of the first prompt's texts (default 0)")
-    steering.add_argument("--teacher", metavar="DIR", help="who judges; by default the run's own teacher")
+    steering.add_argument("--prompt-tokens", type=int, metavar="N", help="tokens of each prompt (default 16)")
+    steering.add_argument("--new-tokens", type=int, metavar="N", help="most tokens of each text (default 48)")
+    steering.add_argument("--seed", type=int, metavar="N", help="seed of the first prompt's texts (default 0)")
+    steering.add_argument("--teacher", metavar="DIR", help="the judge; by default the run's own teacher")
     steering.add_argument("--sae", metavar="FILE", help="the teacher's autoencoder, whose latents are the concepts")
     steering.add_argument(
         "--no-teacher-steering", action="store_true", help="do not steer the teacher beside the student"

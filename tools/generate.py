@@ -92,15 +92,14 @@ def parse() -> argparse.Namespace:
 
 def generate(options: argparse.Namespace, prompts: list[str], sampling: "Sampling") -> None:
     """Decode in batches, and print or write each text. A single text is streamed."""
-    from megacocomix.hf.open import check_mixes_concepts, open_model
+    from megacocomix.hf.open import check_is_cocomix, check_mixes_concepts, open_model
     from megacocomix.interpret.decode import fit_prompt
     from megacocomix.interpret.generation import Decoder, Text, parse_at
     from megacocomix.interpret.steering import parse_edits
     from megacocomix.interpret.teacher_labels import open_teacher_labels
 
     student = open_model(options.model)
-    if options.steer:
-        check_mixes_concepts(student)
+    check_mixes_concepts(student) if options.steer else check_is_cocomix(student)
     at = parse_at(options.at or "decoded", student.context)
     num_concepts = student.model.config.num_concepts
     edits = parse_edits(options.steer, num_concepts)
@@ -111,7 +110,7 @@ def generate(options: argparse.Namespace, prompts: list[str], sampling: "Samplin
     context = min(student.context, source.labeler.teacher.context) if source else student.context
     encoded, eot_id = student.tokenizer.encode_batch(prompts), student.tokenizer.eot_id
     fitted = [fit_prompt(ids, context, sampling.max_new_tokens, eot_id) for ids in encoded]
-    if num_truncated := sum(num_cut > 0 for _, num_cut in fitted):
+    if num_truncated := sum(num_dropped > 0 for _, num_dropped in fitted):
         print(
             f"{num_truncated} of {len(prompts)} prompts do not fit the context of {context} tokens together with "
             f"{sampling.max_new_tokens} new ones: only their ends are read.",
@@ -124,8 +123,8 @@ def generate(options: argparse.Namespace, prompts: list[str], sampling: "Samplin
     # Each sample of each prompt has its own seed.
     samples = [sample for sample in zip(prompts, fitted, strict=True) for _ in range(options.samples)]
     texts = [
-        Text(prompt, ids, num_cut, by, (sampling.seed + index) % 2**63, text_edits)
-        for index, (prompt, (ids, num_cut)) in enumerate(samples)
+        Text(prompt, ids, num_dropped, by, (sampling.seed + index) % 2**63, text_edits)
+        for index, (prompt, (ids, num_dropped)) in enumerate(samples)
         for by, text_edits in kinds
     ]
     if options.out:

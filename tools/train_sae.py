@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--teacher", required=True, metavar="DIR", help="Hugging Face causal LM (safetensors) or a run of ours"
+        "--teacher", required=True, metavar="DIR", help="Hugging Face causal LM (safetensors) or a native run"
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="token shards to train on")
     parser.add_argument("--valid", metavar="DIR", help="token shards to measure on (default: 5 %% of --data)")

@@ -3,8 +3,8 @@
 
     python tools/upgrade_config.py configs/mine.yaml runs/old
 
-PATH is a recipe, a plan of a sweep, a run (its config and all its checkpoints) or a checkpoint. Comments and values
-are kept. Files that need no change are not written.
+PATH is a recipe, a plan of a sweep, a run (its config and all its checkpoints) or a checkpoint. Comments stay, and
+so do values, except those of parallel.gather. Files that need no change are not written.
 """
 
 import argparse
@@ -22,7 +22,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     for path in parser.parse_args().paths:
-        print("\n".join(upgrade(path)) or f"{path}: nothing to change")
+        changes = 0
+        for changes, line in enumerate(upgrade(path), start=1):  # noqa: B007 (their number)
+            print(line, flush=True)
+        if not changes:
+            print(f"{path}: nothing to change")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ class Detected(NamedTuple):
     """native: our checkpoint format. hf: Hugging Face's layout, which the published CoCoMix code writes too."""
     path: Path
     """For a run, its newest sound checkpoint; else the folder itself."""
+    is_verified: bool = False
+    """Whether the files of a native checkpoint were compared with their hashes."""
 
 
-def detect(path: str | Path) -> Detected:
-    """Detect the kind of a folder:
+def detect(path: str | Path | Detected) -> Detected:
+    """Detect the kind of a folder (once: what was detected is returned as it is):
 
     - a run or a native checkpoint: `checkpoints/`, `checkpoint.json`;
     - Megatron-LM, legacy layout: `mp_rank_XX/model_optim_rng.pt` (megatron.py);
@@ -28,17 +30,19 @@ def detect(path: str | Path) -> Detected:
 
     Raises UserError if it is none of them, or a run without a sound checkpoint.
     """
+    if isinstance(path, Detected):
+        return path
     path = Path(path)
     if not path.exists():
         raise UserError(f"model folder {path} does not exist.")
     if (path / "checkpoints").is_dir():
-        return Detected("native", latest_checkpoint(path))
+        return Detected("native", latest_checkpoint(path), is_verified=True)
     if (path / CHECKPOINT_FILE).is_file():
         return Detected("native", path)
     if find_ranks(path):
         return Detected("megatron", path)
     has_config = (path / "config.json").is_file()
-    if has_config and any(path.glob("*.safetensors*")):
+    if has_config and any(path.glob("model*.safetensors*")):
         return Detected("hf", path)
     if find_partitions(path):
         return Detected("deepspeed", path)

@@ -22,7 +22,8 @@ def checkpoint_step(path: Path) -> int | None:
     """The step of a checkpoint inside its run folder; None for any other folder."""
     if path.parent.name != "checkpoints" or not (path / CHECKPOINT_FILE).is_file():
         return None
-    return int(path.name.removeprefix("step-"))
+    found = re.fullmatch(r"step-(\d+)", path.name)
+    return int(found[1]) if found else None
 
 
 def latest_checkpoint(run: str | Path) -> Path:

@@ -76,9 +76,9 @@ def _open(path: Path) -> tuple[str, dict, list[Path], Iterable]:
             return "safetensors file", store.metadata, [path], _of_store(store)
         content = load_pickle(path)
         return "file of torch.save", _plain(content), [path], _of_pickle(content, path)
-    kind, path = detect(path)
+    kind, path, is_verified = detect(path)
     if kind == "native":
-        manifest = read_checkpoint_manifest(path, verify=True)
+        manifest = read_checkpoint_manifest(path, verify=not is_verified)
         store = SafetensorFiles(path / name for name in sorted(manifest.pop("files")))
         return "megacocomix checkpoint", manifest, store.files, _of_store(store)
     if kind == "megatron":

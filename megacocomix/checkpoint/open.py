@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from megacocomix.checkpoint.detect import detect
+from megacocomix.checkpoint.detect import Detected, detect
 from megacocomix.checkpoint.external.deepspeed import open_deepspeed
 from megacocomix.checkpoint.external.hf import open_hf
 from megacocomix.checkpoint.external.megatron import open_megatron
@@ -15,26 +15,25 @@ from megacocomix.checkpoint.format import CHECKPOINT_FILE, read_checkpoint_manif
 from megacocomix.checkpoint.tensors import SafetensorFiles, sharded_files
 from megacocomix.config.load import build_config
 from megacocomix.config.schema import Config, ModelConfig
-from megacocomix.config.yaml_text import parse_yaml
+from megacocomix.config.yaml_text import read_yaml
 from megacocomix.data.tokenizer import folder_tokenizer
 from megacocomix.files import file_sha256
 from megacocomix.model.gpt2 import GPT2
 
 
-def open_source(path: str | Path, hints: Hints = NO_HINTS) -> Source:
+def open_source(path: str | Path | Detected, hints: Hints = NO_HINTS) -> Source:
     """Detect a folder's kind and check its tensors against its sizes. Raises UserError."""
-    kind, path = detect(path)
+    kind, path, is_verified = detect(path)
     if kind == "native":
-        return _open_native(path)
+        return _open_native(path, not is_verified)
     return {"hf": open_hf, "megatron": open_megatron, "deepspeed": open_deepspeed}[kind](path, hints)
 
 
-def _open_native(folder: Path) -> Source:
-    """A native checkpoint, verified against its hashes. Raises UserError."""
-    manifest = read_checkpoint_manifest(folder, verify=True)
+def _open_native(folder: Path, verify: bool) -> Source:
+    manifest = read_checkpoint_manifest(folder, verify)
     config = build_config(manifest["config"], f"{folder}/{CHECKPOINT_FILE}")
     store = SafetensorFiles(folder / name for name in sorted(manifest["files"]) if name.startswith("weights-"))
-    check_tensors(store, parameter_shapes(config.model, config.method), folder)
+    check_tensors(store, parameter_shapes(config.model, config.method, folder), folder)
     read = lambda name: store.read(name).float()
     return Source("megacocomix checkpoint", folder, config.model, config.method, store.files, read, None, config)
 
@@ -52,7 +51,7 @@ class LoadedModel:
 
 
 @torch.no_grad()
-def load_model(path: str | Path) -> LoadedModel:
+def load_model(path: str | Path | Detected) -> LoadedModel:
     """The model in any folder that `open_source` reads without hints, on the CPU in fp32. Raises UserError."""
     source = open_source(path)
     with torch.device("meta"):
@@ -67,7 +66,7 @@ def load_model(path: str | Path) -> LoadedModel:
 def weights_sha256(path: str | Path) -> str:
     """The SHA-256 that identifies a model's weights. For a native checkpoint it comes from the hashes in the manifest,
     for a Hugging Face folder of any architecture from its safetensors files. Raises UserError if there are none."""
-    kind, path = detect(path)
+    kind, path, _ = detect(path)
     if kind == "native":
         files = read_checkpoint_manifest(path)["files"]
         hashes = {name: entry["sha256"] for name, entry in files.items() if name.startswith("weights-")}
@@ -87,8 +86,10 @@ def model_tokenizer(path: str | Path) -> str | None:
     path = Path(path)
     if carried := folder_tokenizer(path):
         return carried
-    for file, key in ((path / "config.yaml", None), (path / CHECKPOINT_FILE, "config")):
-        if file.is_file():
-            values = parse_yaml(file.read_text(), str(file))
-            return ((values[key] if key else values).get("data") or {}).get("tokenizer") or None
+    for name, keys in (("config.yaml", ("data", "tokenizer")), (CHECKPOINT_FILE, ("config", "data", "tokenizer"))):
+        if (path / name).is_file():
+            value = read_yaml(path / name)
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None  # a config.yaml need not be ours
+            return value if isinstance(value, str) else None
     return None

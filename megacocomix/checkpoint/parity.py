@@ -42,7 +42,8 @@ class Difference:
 
 @torch.no_grad()
 def measure(source: Source, result: Source) -> Difference:
-    """Run both on two random sequences of full length. A side that has `read_hf` runs as theirs, else as ours."""
+    """Run both on two random sequences of full length. One that has `read_hf` runs on
+    transformers' modules, any other on ours."""
     shape = source.shape
     tokens = torch.randint(shape.vocab_size, (2, shape.context), generator=torch.Generator().manual_seed(SEED))
     hidden, heads = [], []

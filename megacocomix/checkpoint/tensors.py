@@ -55,6 +55,7 @@ def sharded_files(folder: Path) -> list[Path]:
         return [whole]
     try:
         found = {name: str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
+        min(found)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is damaged: it does not record which file holds which tensor.") from None
     shards = [folder / Path(shard).name for shard in sorted(set(found.values()))]

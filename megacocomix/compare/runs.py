@@ -74,7 +74,7 @@ class Evaluation:
 
     @property
     def text(self) -> tuple:
-        """Identifies the windows: where it is equal, two losses are means over the same windows."""
+        """Identifies the windows: if it is equal for two losses, both are means over the same windows."""
         return self.windows, self.context, self.fingerprint
 
 

@@ -2,6 +2,7 @@
 preset that the command line names, the command line's options."""
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -10,29 +11,32 @@ from pydantic import ValidationError
 from megacocomix.config.method import COCOMIX, PRESETS
 from megacocomix.config.renamed import RENAMED
 from megacocomix.config.schema import Config, section_type
-from megacocomix.config.yaml_text import parse_yaml
+from megacocomix.config.yaml_text import parse_yaml, read_yaml
 from megacocomix.errors import UserError, nearest
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Read a recipe, apply `section.key=value` overrides, resolve the null defaults. Raises one UserError with every
     problem."""
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    file = parse_yaml(text, str(path))
+    file = read_yaml(Path(path))
     if not isinstance(file, dict):
         raise UserError(f"{path} is not a config: expected sections such as model and training.")
-    return build_config(_merge_layers(file, [_parse_override(override) for override in overrides]), str(path))
+    parsed = [_parse_override(override) for override in overrides]
+    overridden = {".".join(filter(None, (section, key))) for section, key, _ in parsed}
+    return build_config(_merge_layers(file, parsed), str(path), overridden)
 
 
-def build_config(values: dict, name: str = "config") -> Config:
-    """Validate nested values and resolve the null defaults. Raises one UserError with every problem."""
+def build_config(values: dict, name: str = "config", overridden: Collection[str] = ()) -> Config:
+    """Validate nested values and resolve the null defaults. Raises one UserError with every problem, which names the
+    source of the option: `name`, or "override" if it is among `overridden`."""
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(*(_explain(problem, name) for problem in error.errors())) from None
+        problems = [(".".join(map(str, problem["loc"])), problem) for problem in error.errors()]
+        lines = [f"{'override' if where in overridden else name}: {_explain(problem)}" for where, problem in problems]
+        if any(where in RENAMED and where not in overridden for where, _ in problems):
+            lines.append("tools/upgrade_config.py translates recipes, sweep plans, runs and checkpoints.")
+        raise UserError(*lines) from None
     return _resolve_defaults(config)
 
 
@@ -60,18 +64,6 @@ def _merge_layers(file: dict, overrides: list[tuple[str, str, object]]) -> dict:
     values = copy.deepcopy(file)
     if isinstance(values.get("method"), dict):
         values["method"] |= preset
-    merged = _apply(overrides, copy.deepcopy(values))
-    model, method = values.get("model"), merged.get("method")
-    if isinstance(model, dict) and isinstance(method, dict):
-        predict = method.get("predict") or PRESETS.get(str(method.get("name")), COCOMIX)["predict"]
-        # A method without predictions takes the width of the control with as many activated parameters.
-        if predict == "nothing" and (width := model.pop("control_hidden_size", None)) is not None:
-            model["hidden_size"] = width
-            return _apply(overrides, values)
-    return merged
-
-
-def _apply(overrides: list[tuple[str, str, object]], values: dict) -> dict:
     for section, key, value in overrides:
         if not key:
             values[section] = value
@@ -79,6 +71,13 @@ def _apply(overrides: list[tuple[str, str, object]], values: dict) -> dict:
             values[section][key] = value
         else:
             raise UserError(f"override {section}.{key}: {section} is not a section.")
+    model, method = values.get("model"), values.get("method")
+    if isinstance(model, dict) and isinstance(method, dict):
+        predict = method.get("predict") or PRESETS.get(str(method.get("name")), COCOMIX)["predict"]
+        # A method without predictions takes the width of the control with as many activated parameters.
+        width = model.pop("control_hidden_size", None) if predict == "nothing" else None
+        if width is not None and not any((section, key) == ("model", "hidden_size") for section, key, _ in overrides):
+            model["hidden_size"] = width
     return values
 
 
@@ -98,15 +97,15 @@ def _resolve_defaults(config: Config) -> Config:
     )
 
 
-def _explain(problem: dict, name: str) -> str:
+def _explain(problem: dict) -> str:
     place = [str(part) for part in problem["loc"]]
     where = ".".join(place)
     if problem["type"] == "extra_forbidden":
         if new := RENAMED.get(where):
-            return f"{name}: {where} is now {new}. tools/upgrade_config.py translates recipes, runs and checkpoints."
+            return f"{where} is now {new}."
         known = Config.model_fields if len(place) == 1 else section_type(place[0]).model_fields
-        return f"{name}: {where} is not an option.{nearest(place[-1], known)}"
+        return f"{where} is not an option.{nearest(place[-1], known)}"
     if problem["type"] == "missing":
-        return f"{name}: {where} is missing."
+        return f"{where} is missing."
     message = problem["msg"]
-    return f"{name}: {where} = {problem['input']!r}: {message[0].lower()}{message[1:]}."
+    return f"{where} = {problem['input']!r}: {message[0].lower()}{message[1:]}."

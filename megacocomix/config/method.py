@@ -57,8 +57,8 @@ class MethodConfig(Section):
 
     name: Preset
     """Sets the options below that are null; an option that is written out wins. ntp is next-token prediction alone,
-    cocomix the paper's method; the next table lists what each name sets. A name given on the command line overrides
-    the options in the recipe, but not the other options on the command line."""
+    cocomix the paper's method; the next table lists what each name sets (a dash: nothing). A name given on the command
+    line overrides the options in the recipe, but not the other options on the command line."""
     predict: Literal["concepts", "hidden", "nothing"] | None = None
     """What is predicted from the hidden state before insertion_layer. concepts: logits of the autoencoder's latents.
     hidden: the teacher's hidden state at sae_layer, standardised, by an MLP of two layers (paper §3.3)."""

@@ -34,78 +34,107 @@ RENAMED = {
 }
 
 
-def upgrade(path: Path) -> list[str]:
+def upgrade(path: Path) -> Iterator[str]:
     """Rename options in a recipe, a sweep's plan, a run (its config and all its checkpoints) or a checkpoint. Comments
-    and order stay. Returns one line per change. Raises UserError if `path` is none of these."""
-    if path.is_file():
-        return _upgrade_yaml(path)
+    and order stay. Yields one line per change. Raises UserError if `path` is none of these, and at the end with every
+    file that could not be upgraded, which stays as it was."""
+    path = path.resolve()  # a symbolic link stays one
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
     manifests = sorted(path.glob("checkpoints/step-*/checkpoint.json")) or [path / "checkpoint.json"]
-    found = [file for file in (path / "config.yaml", *manifests) if file.is_file()]
-    if not found:
-        raise UserError(f"{path} is not a recipe, run or checkpoint: it has no config.yaml and no checkpoint.json.")
-    return [line for file in found for line in (_upgrade_yaml if file.suffix == ".yaml" else _upgrade_manifest)(file)]
+    files = [path] if path.is_file() else [file for file in (path / "config.yaml", *manifests) if file.is_file()]
+    if not files:
+        raise UserError(f"{path} is not a run or a checkpoint: it has no config.yaml and no checkpoint.json.")
+    problems = []
+    for file in files:
+        try:
+            changed = (_upgrade_manifest if file.name == "checkpoint.json" else _upgrade_yaml)(file)
+            yield from (f"{file}: {old} is now {RENAMED[old]}" for old in changed)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
 
 
 def _upgrade_yaml(file: Path) -> list[str]:
+    """The old names that were replaced."""
     try:
         text = file.read_bytes().decode()  # not read_text, which would change line ends
-        edits = list(_yaml_edits(yaml.compose(text, Loader=yaml.SafeLoader), ""))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        edits = sorted(set(_yaml_edits(text, yaml.compose(text, Loader=yaml.SafeLoader), "")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split()):.120}.") from None
-    for edit in sorted(edits, reverse=True):  # from the end, so that earlier positions stay valid
-        text = text[: edit.start] + edit.text + text[edit.stop :]
+    for edit in reversed(edits):  # from the end, so that earlier positions stay valid
+        text = text[: edit.start] + edit.new + text[edit.start + len(edit.old) :]
     parse_yaml(text, str(file))  # an option may have been there under both names
     if edits:
         write_text(file, text)
-    return [f"{file}: {edit.old} is now {RENAMED[edit.old]}" for edit in sorted(edits) if edit.is_key]
+    return [edit.option for edit in edits if edit.option]
 
 
 class _Edit(NamedTuple):
     start: int
-    stop: int
-    text: str
     old: str
-    is_key: bool = True
+    new: str
+    option: str
+    """The old name of the option; empty for an edit of its value."""
 
 
-def _yaml_edits(node: yaml.Node | None, path: str) -> Iterator[_Edit]:
-    """Every old name and value below a node. `path` is the node's dotted key."""
+def _yaml_edits(text: str, node: yaml.Node | None, path: str, parents: tuple = ()) -> Iterator[_Edit]:
+    """Every old name and value below a node. `path` is the node's dotted key. A node with an alias may be found several
+    times, and may contain itself."""
+    if node in parents:
+        return
+    within = (*parents, node)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             dotted = f"{path}.{key.value}" if path else str(key.value)
             if new := RENAMED.get(dotted):
-                yield _Edit(key.start_mark.index, key.end_mark.index, new.key.rpartition(".")[2], dotted)
-                if new.values and value.value in new.values:
-                    text = str(new.values[value.value]).lower()
-                    yield _Edit(value.start_mark.index, value.end_mark.index, text, dotted, is_key=False)
-            yield from _yaml_edits(value, dotted)
-    elif isinstance(node, yaml.SequenceNode):  # in a plan: items are section.key=value
+                yield from _edits_of(text, key, dotted.rpartition(".")[2], new.key.rpartition(".")[2], dotted)
+                if new.values and isinstance(value, yaml.ScalarNode) and value.value in new.values:
+                    yield from _edits_of(text, value, value.value, str(new.values[value.value]).lower())
+            yield from _yaml_edits(text, value, dotted, within)
+    elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            yield from _yaml_edits(item, path)
-    elif isinstance(node, yaml.ScalarNode):
-        key, equals, value = str(node.value).partition("=")
-        if equals and (new := RENAMED.get(key)):
-            value = str(new.values[value]).lower() if new.values and value in new.values else value
-            quote = node.style or ""
-            yield _Edit(node.start_mark.index, node.end_mark.index, f"{quote}{new.key}={value}{quote}", key)
+            yield from _yaml_edits(text, item, path, within)
+            if isinstance(item, yaml.ScalarNode):  # in a plan: section.key=value
+                key, equals, value = item.value.partition("=")
+                if equals and (new := RENAMED.get(key)):
+                    yield from _edits_of(text, item, f"{key}=", f"{new.key}=", key)
+                    if new.values and value in new.values:
+                        yield from _edits_of(text, item, value, str(new.values[value]).lower())
+
+
+def _edits_of(text: str, node: yaml.ScalarNode, old: str, new: str, option: str = "") -> Iterator[_Edit]:
+    """The edit of `old` inside a scalar: its quotes, escapes and anchor stay."""
+    start = text.rfind(old, node.start_mark.index, node.end_mark.index)
+    if start >= 0:
+        yield _Edit(start, old, new, option)
 
 
 def _upgrade_manifest(file: Path) -> list[str]:
+    """The old names that were replaced."""
+    damaged = f"{file} is damaged or not a native checkpoint.json."
     try:
         manifest = json.loads(file.read_bytes())
-        sections = dict(manifest["config"])
+        sections, inputs = dict(manifest["config"]), dict(manifest["inputs"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged or not a native checkpoint.json.") from None
-    lines = []
+        raise UserError(damaged) from None
+    changed = []
     for old, new in RENAMED.items():
         section, key = old.split(".")
+        new_key = new.key.rpartition(".")[2]
         values = sections.get(section) or {}
+        if not isinstance(values, dict):
+            raise UserError(damaged)
         if key in values:
+            if new_key in values:
+                raise UserError(f"{file} holds both {old} and {new.key}.")
             value = values.pop(key)
-            values[new.key.rpartition(".")[2]] = new.values.get(value, value) if new.values else value
-            lines.append(f"{file}: {old} is now {new}")
-        if old in manifest.get("inputs", {}):  # option → hash of the file it names
-            manifest["inputs"][new.key] = manifest["inputs"].pop(old)
-    if lines:
-        write_json(file, manifest)
-    return lines
+            known = new.values if isinstance(value, str) else None
+            values[new_key] = known.get(value, value) if known else value
+            changed.append(old)
+        if old in inputs:  # option → hash of the file it names
+            inputs[new.key] = inputs.pop(old)
+    if changed:
+        write_json(file, manifest | {"inputs": inputs})
+    return changed

@@ -1,8 +1,10 @@
 """The rules between options. All problems come in one report, each with a remedy."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
-from megacocomix.config.schema import Config
+from megacocomix.config.method import MethodConfig
+from megacocomix.config.schema import Config, ModelConfig
 from megacocomix.errors import UserError
 
 
@@ -15,10 +17,7 @@ def check_config(config: Config, world: int) -> None:
 
 def _problems(config: Config, world: int):
     optimizer, training = config.optimizer, config.training
-    width, heads = config.model.hidden_size, config.model.num_heads
-    if width % heads:
-        nearest = _nearest_divisor(width, heads)
-        yield f"model.num_heads {heads} does not divide hidden_size {width}. Nearest valid: {nearest}."
+    yield from architecture_problems(config.model, config.method)
     yield from _method_problems(config)
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr {optimizer.min_lr} exceeds lr. Nearest valid: {optimizer.lr}."
@@ -34,9 +33,12 @@ def _problems(config: Config, world: int):
     yield from _layout_problems(config, world)
 
 
-def _method_problems(config: Config):
-    """Rules between the options of the method, and between the method and the teacher section."""
-    model, method, teacher, every = config.model, config.method, config.teacher, config.method.interleave_every
+def architecture_problems(model: ModelConfig, method: MethodConfig) -> Iterator[str]:
+    """Rules between the options that decide a model's parameters and computation."""
+    width, heads, every = model.hidden_size, model.num_heads, method.interleave_every
+    if width % heads:
+        nearest = _nearest_divisor(width, heads)
+        yield f"model.num_heads {heads} does not divide hidden_size {width}. Nearest valid: {nearest}."
     if method.has_module and method.insertion_layer >= model.num_layers:
         yield (
             f"method.insertion_layer {method.insertion_layer} is not one of the {model.num_layers} blocks (0-based). "
@@ -46,16 +48,21 @@ def _method_problems(config: Config):
         yield f"method.num_kept {method.num_kept} exceeds num_concepts. Nearest valid: {method.num_concepts}."
     if method.mix == "predicted" and method.predict == "nothing":
         yield "method.mix is predicted, but method.predict is nothing. Use method.mix=pause or method.mix=nothing."
-    if method.predict != "nothing" and method.mix != "predicted" and not method.concept_weight:
-        yield (
-            f"method.predict {method.predict} has no effect: method.mix is {method.mix} and method.concept_weight 0. "
-            "Use method.predict=nothing."
-        )
     if every > 1 and not method.interleaves:
         why = "mixes nothing in" if method.mix == "nothing" else f"has placement {method.placement}"
         yield f"method.interleave_every {every} needs slots, but method {why}. Use 1."
     if every >= model.context:  # no slot, or one after the last token, which has no target
         yield f"method.interleave_every {every} is not below model.context. Nearest valid: {model.context - 1}."
+
+
+def _method_problems(config: Config):
+    """Rules between the other options of the method, and between the method and the teacher section."""
+    method, teacher = config.method, config.teacher
+    if method.predict != "nothing" and method.mix != "predicted" and not method.concept_weight:
+        yield (
+            f"method.predict {method.predict} has no effect: method.mix is {method.mix} and method.concept_weight 0. "
+            "Use method.predict=nothing."
+        )
     if method.label_sign != "positive" and method.label_source != "attribution" and method.learns_concepts:
         yield (
             f"method.label_sign {method.label_sign} chooses among attributions, but method.label_source is "

@@ -1,6 +1,7 @@
 """A YAML parser with two fixes: `1e-4` is a number, and a key given twice is an error."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +25,15 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
+
+
+def read_yaml(file: Path) -> Any:
+    """Parse a YAML file. Raises UserError if it cannot be read or is malformed."""
+    try:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    return parse_yaml(text, str(file))
 
 
 def parse_yaml(text: str, name: str) -> Any:

@@ -57,7 +57,7 @@ def parse_tasks(text: str, option: str = "--tasks") -> list[str]:
     Raises UserError, which names `option`, if the harness is not installed or does not know a name.
     """
     if not find_spec("lm_eval") or not find_spec("accelerate"):
-        raise UserError(f"{option} needs lm-evaluation-harness: pip install 'megacocomix[eval]'.")
+        raise UserError(f"{option} needs lm-evaluation-harness: pip install -e '.[eval]'.")
     names = [name.strip() for name in text.split(",") if name.strip()]
     names = list(dict.fromkeys(task for name in names for task in (PAPER_TASKS if name == "paper" else [name])))
     if not names:

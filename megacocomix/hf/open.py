@@ -13,11 +13,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megacocomix.checkpoint.detect import detect
-from megacocomix.checkpoint.external.hf import hf_model_type
+from megacocomix.checkpoint.external.hf import hf_model_type, load_causal_lm
 from megacocomix.checkpoint.open import load_model, model_tokenizer, weights_sha256
 from megacocomix.config.schema import Config
 from megacocomix.data.tokenizer import Tokenizer, export_tokenizer, load_hf_tokenizer, load_tokenizer
@@ -39,7 +38,7 @@ class OpenModel:
     @property
     def context(self) -> int:
         """The largest number of tokens it can read."""
-        return self.model.config.max_position_embeddings
+        return self.model.config.get_text_config().max_position_embeddings
 
     @property
     def device(self) -> torch.device:
@@ -96,51 +95,29 @@ def open_model(path: str | Path, device: str | torch.device | None = None) -> Op
     """The model in a run, a native checkpoint or a Hugging Face folder, on `device` (default: the GPU if there is one).
     Raises UserError if there is no model, or none that can be run."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, found = detect(path)
-    if kind in ("megatron", "deepspeed"):
+    found = detect(path)
+    if found.kind in ("megatron", "deepspeed"):
         raise UserError(
-            f"{path} is a checkpoint of {'Megatron-LM' if kind == 'megatron' else 'DeepSpeed'}: convert it first with "
-            "tools/convert_checkpoint.py --to native."
+            f"{path} is a checkpoint of {'Megatron-LM' if found.kind == 'megatron' else 'DeepSpeed'}: convert it first "
+            "with tools/convert_checkpoint.py --to native."
         )
-    model_type = hf_model_type(found) if kind == "hf" else None
+    model_type = hf_model_type(found.path) if found.kind == "hf" else None
     if model_type not in (None, "gpt2", "cocomix"):
-        return _open_with_transformers(found, device)
+        return _open_with_transformers(found.path, device)
     try:
         loaded = load_model(found)
     except UserError as error:
         if model_type != "gpt2":
             raise
         try:
-            return _open_with_transformers(found, device)  # a GPT-2 that our modules cannot run, such as an untied one
+            return _open_with_transformers(found.path, device)  # a GPT-2 that our modules cannot run: an untied one
         except UserError:
             raise error from None
     return OpenModel(to_cocomix(loaded).to(device), loaded.path, loaded.sha256, loaded.config)
 
 
 def _open_with_transformers(folder: Path, device: str | torch.device) -> OpenModel:
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns in a table of what the check below says in one line
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers raises many types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} is no causal language model that can be loaded ({reason:.200}).") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    # transformers draws what is missing and ignores what it does not know.
-    if unfit := sorted({*loading["missing_keys"], *loading["unexpected_keys"]}):
-        raise UserError(f"{folder}/config.json does not fit its weights: {unfit[0]} and {len(unfit) - 1} more tensors.")
-    if not getattr(model.config, "max_position_embeddings", None):
-        raise UserError(f"{folder} does not record how many tokens it reads: set max_position_embeddings.")
-    return OpenModel(model.eval().to(device), folder, weights_sha256(folder), None)
+    return OpenModel(load_causal_lm(folder, torch.float32).to(device), folder, weights_sha256(folder), None)
 
 
 def check_is_cocomix(opened: OpenModel) -> None:

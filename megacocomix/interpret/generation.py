@@ -24,7 +24,7 @@ class Text:
 
     prompt: str
     ids: list[int]
-    num_cut: int
+    num_dropped: int
     """Tokens dropped from the beginning of the prompt, because they did not fit."""
     by: str
     """student or teacher."""
@@ -72,7 +72,7 @@ class Decoder:
             "seed": text.seed,
             "tokens": tokens,
             "ends": "end of text" if ended else "max_new_tokens",
-            "prompt_tokens_cut": text.num_cut,
+            "prompt_tokens_dropped": text.num_dropped,
         }
         if not text.edits:
             return line

@@ -27,7 +27,7 @@ from megacocomix.interpret.concepts import (
     top_contexts,
 )
 from megacocomix.interpret.names import Spelling, name_concepts, read_names
-from megacocomix.interpret.reading import LOOKED_AT, Reading, cut_windows, read_windows
+from megacocomix.interpret.reading import LOOKED_AT, Reading, read_windows, text_windows
 from megacocomix.interpret.teacher_labels import ALONE, open_teacher_labels, teacher_labels_notes
 from megacocomix.interpret.token_text import token_texts
 
@@ -42,7 +42,7 @@ def inspect_files(student: OpenModel, options: Namespace) -> dict:
     """Read text files and make their record, with the options of tools/inspect_concepts.py. Prints notes for the user
     before the reading starts. Raises UserError."""
     names = read_names(options.names, student.model.config.num_concepts) if options.names else {}
-    windows, source = cut_windows(student, options.text, options.tokens, options.field), None
+    windows, source = text_windows(student, options.text, options.tokens, options.field), None
     notes = windows.notes
     if not options.no_teacher:
         source = open_teacher_labels(student, options.teacher, options.sae, ALONE)

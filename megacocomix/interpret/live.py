@@ -105,8 +105,8 @@ def _check_kind(key: str, value: object) -> None:
 def generate(student: OpenModel, task: Task) -> Iterator[dict]:
     """The events of a task except the last, `done`. A decoding step runs when its first event is requested."""
     ids = student.tokenizer.encode_batch([task.prompt])[0]
-    ids, num_cut = fit_prompt(ids, student.context, task.sampling.max_new_tokens, student.tokenizer.eot_id)
-    yield {"event": "start", "prompt": token_texts(student.tokenizer, ids), "cut": num_cut}
+    ids, num_dropped = fit_prompt(ids, student.context, task.sampling.max_new_tokens, student.tokenizer.eot_id)
+    yield {"event": "start", "prompt": token_texts(student.tokenizer, ids), "truncated": num_dropped}
     edits = {"plain": []} | ({"steered": task.edits} if task.edits else {})
     streams = [_Stream(name, student, ids, task) for name in edits]
     seeds = [task.sampling.seed] * len(edits)

@@ -76,7 +76,7 @@ class Reading:
         return self.labels[:, 0] != MASKED
 
 
-def cut_windows(student: OpenModel, files: Sequence[str], num_tokens: int, field: str = "text") -> Windows:
+def text_windows(student: OpenModel, files: Sequence[str], num_tokens: int, field: str = "text") -> Windows:
     """The first `num_tokens` tokens of the texts, in windows of the student's context; the last window of a document
     may be shorter. Raises UserError for a file that cannot be read, and for one without text before the limit."""
     find_sources(files)  # reports all missing files at once

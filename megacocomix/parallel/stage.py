@@ -44,7 +44,7 @@ def stage_blocks(config: Config) -> list[range]:
 
     @functools.cache
     def best(stop: int, num_stages: int) -> tuple[float, int]:
-        """Cost of the costliest of `num_stages` stages over blocks [0, stop), and minus the last one's first block."""
+        """(Largest cost of a stage, −first block of the last stage) of the best division of blocks [0, stop)."""
         if num_stages == 1:
             return sum(costs[:stop]), 0
         return min(

@@ -8,8 +8,8 @@ stage. One class per kind of partition knows where they are: `_Replicated`, `_Bf
 Faults of DeepSpeed in our use, and where they are corrected:
 - ZeRO-3 broadcasts the order of its modules over all processes. The order differs between pipeline stages, so it would
   hang: `_ParameterShards.__init__`.
-- Only a forward pass re-arms its reduction hooks. Of two backward passes in a row the second would be lost:
-  `before_backward`.
+- Its reduction hooks fire once after each forward pass. Of two backward passes in a row, the second one's gradient
+  would be lost: `before_backward`.
 - If a parameter is not used in the first backward pass of a step, its gradient would be added to that of the last step:
   `begin_step`.
 - Its gradient norm counts tied and replicated parameters wrongly under a pipeline, and the number of its collectives

@@ -267,8 +267,8 @@ def _print_settings(job: SAEJob, teacher: Teacher, settings: SAETraining) -> Non
         f"{settings.latents:,} latents, {settings.k} kept, on {job.location} of block {job.layer} "
         f"(width {teacher.width}), {settings.steps * settings.batch_rows:,} tokens in windows of {teacher.context}\n"
         f"lr {settings.lr:.2g} after {settings.warmup_steps} steps; a latent is dead after "
-        f"{settings.dead_after_tokens:,} tokens without activity; {settings.aux_k} dead latents a token learn from the "
-        f"error; dead latents are {resampled}",
+        f"{settings.dead_after_tokens:,} tokens without activity; for each token, {settings.aux_k} dead latents are "
+        f"trained on the error; dead latents are {resampled}",
         flush=True,
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megacocomix.checkpoint.detect import detect
-from megacocomix.checkpoint.external.hf import hf_model_type
+from megacocomix.checkpoint.external.hf import hf_model_type, load_causal_lm
 from megacocomix.checkpoint.open import load_model, model_tokenizer, weights_sha256
 from megacocomix.config.schema import Location
 from megacocomix.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,10 +38,19 @@ def load_teacher_model(
 ) -> TeacherModel:
     """A teacher's model, without a hook point. Raises UserError, also for weights that are not finite."""
     path = local_folder(path)
-    kind, found = detect(path)
-    if kind == "hf" and hf_model_type(found) not in ("gpt2", "cocomix"):
+    found = detect(path)
+    model_type = hf_model_type(found.path) if found.kind == "hf" else "cocomix"
+    if model_type not in ("gpt2", "cocomix"):
         return _load_hf(path, device, dtype)
-    loaded = load_model(path)
+    try:
+        loaded = load_model(found)
+    except UserError as error:
+        if model_type != "gpt2":
+            raise
+        try:
+            return _load_hf(path, device, dtype)  # a GPT-2 that our modules cannot run: an untied one
+        except UserError:
+            raise error from None
     if loaded.model.concept is not None:
         raise UserError(f"teacher {path} has a concept module; only next-token models can be teachers.")
     _check_finite(loaded.model, path)
@@ -61,19 +70,9 @@ def teacher_tokenizer(path: str | Path) -> Tokenizer | None:
 
 
 def _load_hf(path: Path, device: str | torch.device, dtype: torch.dtype) -> TeacherModel:
-    from transformers import AutoModelForCausalLM
-
     if not list(path.glob("*.safetensors")):
         raise UserError(f"teacher {path} holds no .safetensors file: save it with save_pretrained.")
-    try:
-        # Python code in the folder is never run, and transformers must not ask whether it may run it.
-        lm = AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises anything that its parsers raise
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"teacher {path} cannot be loaded by transformers: {reason:.200}") from None
-    lm.eval().requires_grad_(False).to(device)
+    lm = load_causal_lm(path, dtype).requires_grad_(False).to(device)
     _check_finite(lm, path)
     config = lm.config.get_text_config()
     base, head, blocks = lm.base_model, lm.get_output_embeddings(), _list_blocks(lm, config.num_hidden_layers)
@@ -86,10 +85,7 @@ def _load_hf(path: Path, device: str | torch.device, dtype: torch.dtype) -> Teac
         logits, expected = head(body(probe)), lm(input_ids=probe, use_cache=False).logits
     if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
         raise UserError(f"teacher {path} is a {type(lm).__name__}, which changes its logits after its head.")
-    context = getattr(config, "max_position_embeddings", None)
-    if not context:
-        raise UserError(f"teacher {path} does not record how many tokens it reads: set max_position_embeddings.")
-    return TeacherModel(body, head, blocks, context, weights_sha256(path))
+    return TeacherModel(body, head, blocks, config.max_position_embeddings, weights_sha256(path))
 
 
 def _list_blocks(model: nn.Module, num_blocks: int) -> list[nn.Module] | None:

@@ -45,7 +45,7 @@ class TeacherModel:
 
 
 def gpt2_teacher(model: GPT2, sha256: str = "") -> TeacherModel:
-    """A model of ours as a teacher. Freezes the model."""
+    """A model of our class as a teacher. Freezes the model."""
     model.eval().requires_grad_(False)
 
     def body(tokens_BT: Tensor) -> Tensor:

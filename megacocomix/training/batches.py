@@ -25,8 +25,8 @@ class Step(NamedTuple):
 
     batches: list[MicroBatch]
     error: UserError | None
-    """An error in the data. All ranks stop together after the step, because the others already enter its
-    collectives."""
+    """An error in the data. All ranks stop together after the step, because the other ranks are already in
+    its collectives."""
 
 
 class Windows(NamedTuple):

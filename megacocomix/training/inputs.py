@@ -74,7 +74,7 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
     if config.evaluation.tasks:
         attempt(parse_tasks, ",".join(config.evaluation.tasks), "evaluation.tasks")
     if (folder := config.evaluation.tasks_data) and not Path(folder).is_dir():
-        problems.append(f"evaluation.tasks_data {folder} is no folder: make it with tools/fetch_eval_data.py --out.")
+        problems.append(f"evaluation.tasks_data {folder} is not a folder: make it with tools/fetch_eval_data.py --out.")
     if splits.get("valid"):
         attempt(_check_validation_tokens, splits["valid"], config, limit)
     if problems:
@@ -89,8 +89,8 @@ def _data_mismatches(split: str, shards: TokenShards, tokenizer, config: Config)
             f"{split} was written with a vocabulary of {shards.vocab_size}, but model.vocab_size is {vocab_size}. "
             f"Nearest valid: {shards.vocab_size}."
         )
-    ours = f"data.tokenizer {config.data.tokenizer}", tokenizer and tokenizer.sha256
-    yield from tokenizer_mismatches(ours, (split, shards.tokenizer_sha256))
+    expected = f"data.tokenizer {config.data.tokenizer}", tokenizer and tokenizer.sha256
+    yield from tokenizer_mismatches(expected, (split, shards.tokenizer_sha256))
 
 
 def _check_validation_tokens(dataset: TokenDataset, config: Config, vocab_size: int) -> None:

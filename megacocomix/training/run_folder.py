@@ -16,7 +16,7 @@ from megacocomix import __version__
 from megacocomix.config.effective import settings_in_effect
 from megacocomix.config.load import build_config, dump_config
 from megacocomix.config.schema import Config
-from megacocomix.config.yaml_text import parse_yaml
+from megacocomix.config.yaml_text import read_yaml
 from megacocomix.errors import UserError
 from megacocomix.files import write_json, write_text
 
@@ -30,10 +30,7 @@ def check_run_folder(config: Config) -> Path:
     run = Path(config.run)
     stored = run / "config.yaml"
     if stored.is_file():
-        try:
-            values = parse_yaml(stored.read_text(), str(stored))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{stored} cannot be read: {error}.") from None
+        values = read_yaml(stored)
         if not isinstance(values, dict):
             raise UserError(f"{stored} is empty or damaged. Restore it, or choose another folder with run=PATH.")
         _check_same(config, build_config(values, str(stored)), run)
@@ -104,12 +101,12 @@ def code_version() -> dict:
 
 
 def _check_same(config: Config, stored: Config, run: Path) -> None:
-    ours, theirs = _flat(config), _flat(stored)
-    different = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    here, there = _flat(config), _flat(stored)
+    different = [key for key in sorted(here | there) if here.get(key) != there.get(key)]
     if different:
         raise UserError(
             f"run {run} belongs to another config:",
-            *(f"  {key} is {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in different),
+            *(f"  {key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in different),
             "Choose another folder with run=PATH, or give the values of the folder's config.yaml.",
         )
 

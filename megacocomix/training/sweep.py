@@ -28,7 +28,7 @@ from megacocomix.config.load import load_config
 from megacocomix.config.rules import check_config
 from megacocomix.config.schema import Config
 from megacocomix.config.section import NonNegative, Positive, Section
-from megacocomix.config.yaml_text import parse_yaml
+from megacocomix.config.yaml_text import read_yaml
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError, nearest
 from megacocomix.signals import NUMBERS, StopSignal
 from megacocomix.training.run_folder import check_run_folder
@@ -115,10 +115,7 @@ class Job:
 
 def read_plan(path: str | Path) -> Plan:
     """Read a plan file. Raises one UserError with every problem."""
-    try:
-        values = parse_yaml(Path(path).read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"plan {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    values = read_yaml(Path(path))
     try:
         plan = Plan.model_validate(values)
     except ValidationError as error:

@@ -64,12 +64,13 @@ def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, tr
         log_to_file(run, runtime.rank)
     with errors_on_all_ranks():
         trainer = Trainer(config, runtime, run, inputs, on_event)
-    try:
-        return trainer.fit()
-    finally:
-        trainer.close()
-        if lock:
-            lock.close()
+    with trainer.stop_signal:
+        try:
+            return trainer.fit()
+        finally:
+            trainer.close()
+            if lock:
+                lock.close()
 
 
 class Poll(NamedTuple):
@@ -111,8 +112,7 @@ class Trainer:
         """Train to the last step. Returns an exit code. Raises UserError."""
         self._announce()
         try:
-            with self.stop_signal:
-                return self._train()
+            return self._train()
         except UserError:  # raised on all ranks, so they can still complete a checkpoint that was begun
             self._complete_save()
             raise
@@ -210,7 +210,7 @@ class Trainer:
         with errors_on_all_ranks():
             if changed:
                 raise UserError(
-                    f"run {self.run} was begun with other content of {' and '.join(changed)} than is there now. "
+                    f"the content of {' and '.join(changed)} has changed since run {self.run} was started. "
                     "Restore it, or choose another folder with run=PATH."
                 )
         return checkpoint
@@ -225,8 +225,9 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, self._learning_rate(state.step))
         self.engine.train()
         self.engine.begin_step()
-        # Copied before the update is queued. This costs no time: the gradient norm waits for the same passes.
-        losses = self.pipeline.train(self.engine, self.engine.before_backward, batches).cpu()
+        losses = self.pipeline.train(self.engine, self.engine.before_backward, batches)
+        # Queued before the update, and complete when engine.step() has read the gradient norm.
+        losses = losses.to("cpu", non_blocking=True)
         self.engine.step()
         state.step += 1
         state.tokens += self.tokens_per_step

@@ -89,6 +89,12 @@ def test_a_width_on_the_command_line_wins_over_the_controls(root):
     assert config.model.hidden_size == 64
 
 
+@pytest.mark.parametrize(("value", "width"), [("96", 96), ("null", 1024)])
+def test_the_controls_width_can_be_set_on_the_command_line(root, value, width):
+    config = load_config(root / "configs/386m.yaml", ["method.name=ntp", f"model.control_hidden_size={value}"])
+    assert config.model.hidden_size == width
+
+
 def test_match_reference_switches_every_difference_and_a_written_value_wins(root):
     ours = load_config(root / "configs/tiny.yaml")
     assert (ours.model.dropout, ours.method.mask_unlabelled, ours.optimizer.decay) == (0.0, True, "matrices")

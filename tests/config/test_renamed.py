@@ -50,7 +50,9 @@ def test_an_old_name_is_refused_in_a_file_and_on_the_command_line_with_the_new_o
         with pytest.raises(UserError) as error:
             load_config(path, overrides)
         line = next(line for line in error.value.problems if old in line)
-        assert f"{old} is now {RENAMED[old].key}" in line and "tools/upgrade_config.py" in line
+        source = "override" if overrides else path
+        assert line.startswith(f"{source}: {old} is now {RENAMED[old].key}")
+        assert ("tools/upgrade_config.py" in error.value.problems[-1]) == (not overrides)
 
 
 def test_a_recipe_keeps_its_comments_and_order(tmp_path):
@@ -63,7 +65,7 @@ def test_a_recipe_keeps_its_comments_and_order(tmp_path):
     expected = RECIPE.replace("stages_per_rank", "virtual_stages").replace("cuts", "split_points")
     expected = expected.replace("gather: per_microbatch", "reshard_after_forward: true").replace("init:", "init_from:")
     assert file.read_text() == expected
-    assert upgrade(file) == [] and file.read_text() == expected
+    assert list(upgrade(file)) == [] and file.read_text() == expected
 
 
 def test_a_plan_of_a_sweep_is_translated_in_its_overrides(tmp_path):
@@ -71,7 +73,7 @@ def test_a_plan_of_a_sweep_is_translated_in_its_overrides(tmp_path):
     file.write_text(
         "overrides: [parallel.gather=per_step, 'training.init=a b']\nruns: {a: [\"parallel.cuts=[1,2]\"]}\n"
     )
-    upgrade(file)
+    list(upgrade(file))
     assert yaml.safe_load(file.read_text()) == {
         "overrides": ["parallel.reshard_after_forward=false", "training.init_from=a b"],
         "runs": {"a": ["parallel.split_points=[1,2]"]},
@@ -111,20 +113,70 @@ def test_a_run_is_translated_with_all_its_checkpoints_and_nothing_else_of_them(r
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("runs: {a: &b [training.init=x], c: *b}", "runs: {a: &b [training.init_from=x], c: *b}"),
+        ("parallel: &a {cuts: *a}", "parallel: &a {split_points: *a}"),
+        ("- 'training.init=it''s'", "- 'training.init_from=it''s'"),
+        ("- &s training.init=y", "- &s training.init_from=y"),
+        ("- >-\n  training.init=y\n", "- >-\n  training.init_from=y\n"),
+        ("parallel: {gather: &g per_step}", "parallel: {reshard_after_forward: &g false}"),
+        ("parallel: {gather: [per_step]}", "parallel: {reshard_after_forward: [per_step]}"),
+        ("run: training.init=x", "run: training.init=x"),
+        ("training.init=x", "training.init=x"),
+        ("training:\r\n  init: a\r\n", "training:\r\n  init_from: a\r\n"),
+    ],
+)
+def test_only_the_names_change(tmp_path, old, new):
+    target, link = tmp_path / "plan.yaml", tmp_path / "link.yaml"
+    target.write_bytes(old.encode())
+    target.chmod(0o640)
+    link.symlink_to(target)
+    list(upgrade(link))
+    assert target.read_bytes().decode() == new
+    assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("manifest", "problem"),
+    [
+        ({"config": {"parallel": {"cuts": [1], "split_points": [2]}}, "inputs": {}}, "holds both parallel.cuts"),
+        ({"config": {"parallel": 3}, "inputs": {}}, "is damaged"),
+        ({"config": {"parallel": ["cuts"]}, "inputs": {}}, "is damaged"),
+        ({"config": {}, "inputs": None}, "is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_others_are_upgraded(tmp_path, manifest, problem):
+    sound = {"config": {"parallel": {"gather": ["x"]}, "training": {"init": "y"}}, "inputs": {}}
+    for step, values in enumerate((manifest, sound), start=1):
+        folder = tmp_path / f"run/checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.json").write_text(json.dumps(values))
+    with pytest.raises(UserError) as error:
+        list(upgrade(tmp_path / "run"))
+    (line,) = error.value.problems
+    assert problem in line and "step-00000001" in line
+    assert json.loads((tmp_path / "run/checkpoints/step-00000001/checkpoint.json").read_text()) == manifest
+    expected = {"parallel": {"reshard_after_forward": ["x"]}, "training": {"init_from": "y"}}
+    assert json.loads((folder / "checkpoint.json").read_text())["config"] == expected
+
+
+@pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "is not a recipe, run or checkpoint"),
+        (None, "does not exist"),
         (b"a: [", "cannot be read as YAML"),
         (b"\xff\xfe\x00", "cannot be read as YAML"),
+        (b"[" * 3000, "cannot be read as YAML"),
         (b"parallel: {cuts: [1], split_points: [1]}", "split_points is given twice"),
     ],
-    ids=["gone", "broken", "binary", "both"],
+    ids=["gone", "broken", "binary", "deep", "both"],
 )
 def test_what_cannot_be_translated_is_one_line(tmp_path, content, problem):
     file = tmp_path / "x.yaml"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError) as error:
-        upgrade(file)
+        list(upgrade(file))
     assert len(error.value.problems) == 1 and problem in str(error.value)
     assert content is None or file.read_bytes() == content

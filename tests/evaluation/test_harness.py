@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import tiny
+from megacocomix.checkpoint import format as format_
 from megacocomix.checkpoint.format import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CHECKPOINT_VERSION
 from megacocomix.checkpoint.open import load_model
 from megacocomix.errors import UserError
@@ -18,6 +19,7 @@ from megacocomix.evaluation.harness import evaluate_command, evaluate_tasks, par
 from megacocomix.evaluation.perplexity import evaluate_folder
 from megacocomix.files import file_sha256
 from megacocomix.hf.export import export_hf
+from megacocomix.hf.open import open_model
 from megacocomix.model.gpt2 import assemble, initialise
 
 pytest.importorskip("lm_eval")
@@ -306,6 +308,13 @@ def test_perplexity_of_every_checkpoint_too(monkeypatch, capsys, root, run):
     assert code == 0 and second.strip() == first.splitlines()[0] + " (evaluated before)"
 
 
+def test_a_run_is_compared_with_its_hashes_once(monkeypatch, run):
+    hashed = []
+    monkeypatch.setattr(format_, "file_sha256", lambda file: hashed.append(file) or file_sha256(file))
+    open_model(run)
+    assert len(hashed) == len(set(hashed)) == 1
+
+
 def test_an_exported_model_with_concepts_has_the_perplexity_of_its_checkpoint(tmp_path, tokenizer):
     tiny.write_tokens(tmp_path / "val.bin", 5 * CONTEXT)
     checkpoint = write_checkpoint(tmp_path / "run", 2, "cocomix", tokenizer)
@@ -341,7 +350,7 @@ def test_paper_stands_for_the_papers_tasks():
 
 def test_without_the_harness_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'megacocomix\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[eval\]'"):
         parse_tasks("piqa")
 
 

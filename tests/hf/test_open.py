@@ -1,5 +1,7 @@
 """One opener: what a folder holds decides the class, and what does not fit its config is never filled with noise."""
 
+import json
+
 import pytest
 import torch
 from external_checkpoints import huggingface_model
@@ -67,6 +69,31 @@ def test_weights_that_do_not_fit_are_refused_without_a_table(tmp_path, capfd, ch
     with pytest.raises(UserError, match=what):
         open_model(tmp_path / "hf")
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what"),
+    [
+        ("n_head", 5, "num_heads 5 does not divide hidden_size 32"),
+        ("insertion_layer", 9, "insertion_layer 9 is not one of the 3 blocks"),
+        ("num_kept", 99, "num_kept 99 exceeds num_concepts"),
+        ("interleave_every", 99, "interleave_every 99 is not below model.context"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_refused(tmp_path, key, value, what):
+    export_hf(tiny.loaded(), tmp_path / "out", "gpt2")
+    file = tmp_path / "out/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=what) as error:
+        open_model(tmp_path / "out")
+    assert all(str(tmp_path / "out") in problem for problem in error.value.problems)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"a: 1\na: 2"], ids=["binary", "broken", "twice"])
+def test_an_unreadable_config_yaml_one_folder_up_is_ignored(tmp_path, content):
+    huggingface_model().save_pretrained(tmp_path / "hf")
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert type(open_model(tmp_path / "hf").model) is CocomixForCausalLM
 
 
 def test_weights_of_another_architecture_that_do_not_fit_are_refused(tmp_path):

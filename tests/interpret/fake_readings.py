@@ -70,7 +70,7 @@ def event_lines(request: dict) -> list[dict]:
     """What the fake server answers. At a scale of 1 nothing changes."""
     steered = [int(edit.split("=")[0]) for edit in request.get("steer", [])]
     works = any(not edit.endswith("=1") for edit in request.get("steer", []))
-    lines = [{"event": "queued", "ahead": 1}, {"event": "start", "prompt": ["Once", " 🦊"], "cut": 12}]
+    lines = [{"event": "queued", "ahead": 1}, {"event": "start", "prompt": ["Once", " 🦊"], "truncated": 12}]
     texts = {"plain": [" Lily", " 🦊", "\n", SCRIPT], "steered": [" Lily", " girl" if works else " 🦊", "\n", SCRIPT]}
     for name in ["plain", "steered"] if steered else ["plain"]:
         kl = 0.25 if works and name == "steered" else 0.0
@@ -107,7 +107,7 @@ class Stub(BaseHTTPRequestHandler):
                 self._write_until_left()
             case "breaks off":
                 self._start(200, "application/x-ndjson")
-                self.wfile.write(b'{"event":"start","prompt":["a"],"cut":0}\n{"event":"tok')
+                self.wfile.write(b'{"event":"start","prompt":["a"],"truncated":0}\n{"event":"tok')
             case _:
                 self._start(200, "application/x-ndjson")
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in event_lines(request)).encode()

@@ -165,7 +165,7 @@ def test_the_command_writes_the_same_texts_as_it_prints(root, exported, tmp_path
     assert "1 of 2 prompts do not fit the context of 16 tokens" in err
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["seed"] for line in lines] == [7, 8, 9, 10]
-    assert [line["prompt_tokens_cut"] > 0 for line in lines] == [False, False, True, True]
+    assert [line["prompt_tokens_dropped"] > 0 for line in lines] == [False, False, True, True]
     code, printed, err = run(root, student, "--prompt", "One", *common)
     assert code == 0, err
     assert printed.startswith("One" + lines[0]["text"])

@@ -20,7 +20,7 @@ from megacocomix.interpret.concepts import (
     top_contexts,
 )
 from megacocomix.interpret.inspection import inspect, read_inspection, write_inspection
-from megacocomix.interpret.reading import LOOKED_AT, Reading, Windows, cut_windows, read_windows
+from megacocomix.interpret.reading import LOOKED_AT, Reading, Windows, read_windows, text_windows
 from megacocomix.interpret.teacher_labels import open_teacher_labels
 from megacocomix.model.losses import MASKED
 
@@ -30,7 +30,7 @@ def case(request, with_header):
     """A student, the reading of a text with its teacher, the record."""
     student = make_student(with_header, num_kept=5, interleave_every=request.param)
     source = open_teacher_labels(student, str(with_header / "teacher"), str(with_header / "told.safetensors"))
-    windows = cut_windows(student, [write_text(with_header / "text.jsonl", documents())], 1000)
+    windows = text_windows(student, [write_text(with_header / "text.jsonl", documents())], 1000)
     reading = read_windows(student, windows, source)
     return student, source, reading, inspect(student, reading, {3: "mine"}, 30)
 
@@ -146,7 +146,7 @@ def test_small_columns_are_those_of_a_norm_below_a_hundredth(tmp_path):
     student = make_student(tmp_path)
     with torch.no_grad():
         student.model.transformer.compress_layer.weight[:, :7] *= 1e-4
-    reading = read_windows(student, cut_windows(student, [write_text(tmp_path / "t.jsonl", documents())], 100))
+    reading = read_windows(student, text_windows(student, [write_text(tmp_path / "t.jsonl", documents())], 100))
     assert inspect(student, reading, {}, 1)["totals"]["small_columns"] == 7
 
 
@@ -253,7 +253,7 @@ def test_a_record_is_read_as_it_was_written_and_nothing_else_is_one(case, tmp_pa
 
 def test_a_student_alone_has_everything_but_labels(tmp_path):
     student = make_student(tmp_path, mix="nothing", num_kept=2)
-    windows = cut_windows(student, [write_text(tmp_path / "t.jsonl", documents())], 1000)
+    windows = text_windows(student, [write_text(tmp_path / "t.jsonl", documents())], 1000)
     record = inspect(student, read_windows(student, windows), {}, 50)
     assert record["teacher"] is None and record["windows"][0]["labels"] is None
     assert {record["totals"][key] for key in ("labelled", "hit_1", "small_columns", "teacher_dead")} == {None}
@@ -266,13 +266,13 @@ def test_a_student_alone_has_everything_but_labels(tmp_path):
 def test_no_more_tokens_are_read_than_asked_for_and_that_is_said(tmp_path):
     student = make_student(tmp_path)
     files = [write_text(tmp_path / f"{name}.jsonl", documents()[:2]) for name in "abc"]
-    windows = cut_windows(student, files, 60)
+    windows = text_windows(student, files, 60)
     assert sum(map(len, windows.tokens)) == 60 and windows.texts == files[:2] and windows.text[-1] == 1
     limit = "only the first 60 tokens are read: --tokens N reads more"
     assert windows.notes[1:] == [limit, f"not reached: {files[2]}"]
-    exactly = cut_windows(student, files, 3 * 56)
+    exactly = text_windows(student, files, 3 * 56)
     assert exactly.texts == files and len(exactly.notes) == 1
-    assert cut_windows(student, files, 56).notes[1:] == [
+    assert text_windows(student, files, 56).notes[1:] == [
         "only the first 56 tokens are read: --tokens N reads more",
         f"not reached: {files[1]} {files[2]}",
     ]
@@ -282,13 +282,13 @@ def test_no_more_tokens_are_read_than_asked_for_and_that_is_said(tmp_path):
 def test_a_text_without_text_is_a_mistake(tmp_path, content):
     (tmp_path / "t.jsonl").write_text(content)
     with pytest.raises(UserError, match="holds no text"):
-        cut_windows(make_student(tmp_path), [str(tmp_path / "t.jsonl")], 100)
+        text_windows(make_student(tmp_path), [str(tmp_path / "t.jsonl")], 100)
 
 
 def test_a_diverged_student_is_a_mistake(tmp_path):
     student = make_student(tmp_path)
     with torch.no_grad():
         student.model.transformer.concept_predictor.bias[3] = math.nan
-    windows = cut_windows(student, [write_text(tmp_path / "t.jsonl", documents())], 1000)
+    windows = text_windows(student, [write_text(tmp_path / "t.jsonl", documents())], 1000)
     with pytest.raises(UserError, match="not finite"):
         read_windows(student, windows)

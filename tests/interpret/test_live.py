@@ -64,7 +64,7 @@ def decoded(student, prompt, steer=(), **options):
 def test_a_plain_text_is_what_decoding_gives(student, client):
     events = client.generate("Once <b>", max_new_tokens=12, seed=3, top_k=50)
     steps = decoded(student, "Once <b>", max_new_tokens=12, seed=3, top_k=50)
-    assert events[0] == {"event": "start", "prompt": list("Once <b>"), "cut": 0}
+    assert events[0] == {"event": "start", "prompt": list("Once <b>"), "truncated": 0}
     assert text(events) == student.tokenizer.decode([step.token for step in steps])
     kept = [[[concept, pytest.approx(logit, rel=1e-3)] for concept, logit in step.kept] for step in steps]
     assert [event["kept"] for event in of(events, "plain")] == kept
@@ -128,15 +128,15 @@ def test_html_in_a_prompt_comes_back_untouched(client):
     assert "".join(events[0]["prompt"]) == prompt
 
 
-def test_a_prompt_longer_than_the_context_is_cut_and_said(client):
+def test_a_prompt_longer_than_the_context_is_truncated_and_the_page_shows_it(client):
     prompt = "".join(chr(ord("a") + n % 26) for n in range(100))
     start, *_ = client.generate(prompt, max_new_tokens=8)
-    assert (start["cut"], "".join(start["prompt"])) == (100 - CONTEXT + 8, prompt[-CONTEXT + 8 :])
+    assert (start["truncated"], "".join(start["prompt"])) == (100 - CONTEXT + 8, prompt[-CONTEXT + 8 :])
 
 
 def test_an_empty_prompt_begins_a_document(client):
     events = client.generate("", max_new_tokens=2)
-    assert events[0] == {"event": "start", "prompt": [""], "cut": 0}
+    assert events[0] == {"event": "start", "prompt": [""], "truncated": 0}
     assert events[-1] == {"event": "done"}
 
 

@@ -8,7 +8,7 @@ from serving import serving
 from megacocomix.interpret.decode import Sampling, decode
 from megacocomix.interpret.inspection import inspect
 from megacocomix.interpret.page import render
-from megacocomix.interpret.reading import cut_windows, read_windows
+from megacocomix.interpret.reading import read_windows, text_windows
 from megacocomix.interpret.steering import parse_edit
 from megacocomix.interpret.token_text import TextStream
 
@@ -21,7 +21,7 @@ def made(student, tmp_path_factory):
     """The record of a text that the student has read."""
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("Lily had a red ball. She ran home with <it>.\n")
-    return inspect(student, read_windows(student, cut_windows(student, [str(file)], 4096)), {}, 4096)
+    return inspect(student, read_windows(student, text_windows(student, [str(file)], 4096)), {}, 4096)
 
 
 def text_of(student, steps, place):

@@ -4,10 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -112,6 +116,35 @@ def test_a_bf16_teacher_computes_in_bf16_and_is_scored_in_fp32(saved):
     sae.encoder.normal_(generator=torch.Generator().manual_seed(0))
     sae.decoder.copy_(sae.encoder)
     assert attribute(teacher, sae, TOKENS).score.dtype == torch.float32
+
+
+def test_a_gpt2_that_our_modules_cannot_run_is_run_by_transformers(tmp_path):
+    untied = GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=3, n_head=2, tie_word_embeddings=False)
+    ).eval()
+    untied.save_pretrained(tmp_path / "untied", max_shard_size="20KB")
+    check_hook_point(load_teacher(tmp_path / "untied", 1), untied)
+    classifier = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=3, n_head=2, num_labels=2)
+    )
+    classifier.save_pretrained(tmp_path / "classifier")
+    expected = GPT2LMHeadModel.from_pretrained(tmp_path / "classifier").eval()
+    check_hook_point(load_teacher(tmp_path / "classifier", 1), expected)
+
+
+def test_missing_tensors_of_a_teacher_are_not_drawn(tmp_path, saved):
+    tensors = load_file(saved["neox"] / "model.safetensors")
+    del tensors["gpt_neox.layers.1.attention.dense.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((saved["neox"] / "config.json").read_text())
+    with pytest.raises(UserError, match=r"does not fit its weights: gpt_neox\.layers\.1\.attention\.dense\.bias"):
+        load_teacher(tmp_path, 0)
+
+
+@pytest.mark.parametrize("text", ["", "null", "- 1", "data: openwebtext", "data: {tokenizer: [1]}"])
+def test_a_config_yaml_of_others_names_no_tokenizer(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    assert teacher_tokenizer(tmp_path) is None
 
 
 def test_what_cannot_be_a_teacher_is_named(tmp_path, saved):

@@ -95,7 +95,7 @@ def test_a_signal_ends_the_scoring_and_the_run_goes_on_later(documents):
     ("evaluation", "message"),
     [
         ({"tasks": ["piqaa"]}, r"evaluation\.tasks piqaa is no task of lm-eval\. Did you mean piqa\?"),
-        ({"tasks": ["piqa"], "tasks_data": "nowhere"}, r"evaluation\.tasks_data nowhere is no folder"),
+        ({"tasks": ["piqa"], "tasks_data": "nowhere"}, r"evaluation\.tasks_data nowhere is not a folder"),
     ],
     ids=str,
 )

@@ -50,7 +50,7 @@ def _open_ours(path: Path, store: "MergedPartitions", hints: Hints) -> Source:
     shape = _shape(path, store, "embed.tokens", "embed.positions", hints)
     predictor = store.shapes.get("concept.predict.weight")
     method = method_from_hints(predictor[0], shape.num_layers, hints, path) if predictor else NEXT_TOKEN
-    check_tensors(store, parameter_shapes(shape, method), path, ("head.weight",))
+    check_tensors(store, parameter_shapes(shape, method, path), path, ("head.weight",))
     if "head.weight" in store.shapes and not torch.equal(store.read("head.weight"), store.read("embed.tokens.weight")):
         raise UserError(f"{path}: head.weight is not embed.tokens.weight; only a tied head is read.")
     read = lambda name: store.read(name).float()

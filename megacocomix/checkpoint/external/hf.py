@@ -11,6 +11,7 @@ folder up, or else in the hints.
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,9 +28,12 @@ from megacocomix.checkpoint.hf_names import from_hf, hf_shapes
 from megacocomix.checkpoint.tensors import SafetensorFiles, sharded_files
 from megacocomix.config.method import ARCHITECTURE, MethodConfig
 from megacocomix.config.schema import ModelConfig
-from megacocomix.config.yaml_text import parse_yaml
+from megacocomix.config.yaml_text import read_yaml
 from megacocomix.errors import UserError
 from megacocomix.model.gpt2 import LAYER_NORM_EPS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # takes seconds, and few callers need it
 
 # Stored by some versions of transformers: the causal mask, and a second copy of the tied embedding.
 BUFFERS = (".attn.bias", ".attn.masked_bias")
@@ -65,7 +69,7 @@ def open_hf_named(
         method = method_from_hints(predictor[0], shape.num_layers, hints, path)
         kind = kind.replace("Hugging Face GPT-2", "published CoCoMix code")
     method = method or NEXT_TOKEN
-    expected = hf_shapes(parameter_shapes(shape, method), shape.num_heads)
+    expected = hf_shapes(parameter_shapes(shape, method, path), shape.num_heads)
     check_tensors(store, {stored(name): size for name, size in expected.items()}, path, (*BUFFERS, HEAD))
     embedding = stored("transformer.wte.weight")
     if HEAD in store.shapes and not torch.equal(store.read(HEAD), store.read(embedding)):
@@ -85,6 +89,40 @@ def config_json(folder: Path) -> dict:
         raise UserError(f"{folder} holds no config.json: save the model with save_pretrained.") from None
     except (ValueError, TypeError):
         raise UserError(f"{folder}/config.json is damaged: not a JSON object.") from None
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """Load a causal language model of any architecture as transformers' class, in eval mode on the CPU. No code from
+    the folder is run. Raises UserError, also if tensors of the model are missing."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns in a table of what the check below says in one line
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many types
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} cannot be loaded by transformers as a causal LM: {reason:.200}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    # transformers fills missing tensors with random values and ignores unexpected ones. The head of another task, such
+    # as a classifier's, is beside the model; a tensor of the body is not.
+    body = model.base_model_prefix + "."
+    unfit = sorted({*loading["missing_keys"], *(key for key in loading["unexpected_keys"] if key.startswith(body))})
+    if unfit:
+        raise UserError(f"{folder}/config.json does not fit its weights: {unfit[0]} and {len(unfit) - 1} more tensors.")
+    if not getattr(model.config.get_text_config(), "max_position_embeddings", None):
+        raise UserError(f"{folder} does not record how many tokens it reads: set max_position_embeddings.")
+    return model.eval()
 
 
 def hf_model_type(folder: Path) -> str | None:
@@ -129,7 +167,12 @@ def _with_published_config(folder: Path, hints: Hints) -> Hints:
     """The hints, completed from the config.yaml of the published code. It is beside the weights or one folder up, where
     that code looks too. Raises UserError if file and hints contradict each other."""
     for file in (folder / "config.yaml", folder.absolute().parent / "config.yaml"):
-        values = parse_yaml(file.read_text(), str(file)) if file.is_file() else None
+        try:
+            values = read_yaml(file) if file.is_file() else None
+        except UserError:
+            if file.parent == folder:
+                raise
+            continue  # the folder above need not belong to this model
         if not isinstance(values, dict) or "insert_layer_index" not in values:
             continue
         for field, key in (("insertion_layer", "insert_layer_index"), ("num_kept", "concept_num")):

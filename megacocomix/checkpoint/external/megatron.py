@@ -90,7 +90,7 @@ def open_megatron(path: Path, hints: Hints) -> Source:
     files = find_ranks(path)
     store = _Ranks(files)
     shape = _shape(store, hints, path)
-    expected = {_megatron_name(name): size for name, size in parameter_shapes(shape, NEXT_TOKEN).items()}
+    expected = {_megatron_name(name): size for name, size in parameter_shapes(shape, NEXT_TOKEN, path).items()}
     if store.shapes.get(TOKENS, (0,))[0] > shape.vocab_size:  # padded so that it divides among the ranks
         expected[TOKENS] = (store.shapes[TOKENS][0], shape.hidden_size)
     check_tensors(store, expected, path)

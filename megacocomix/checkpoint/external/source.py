@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megacocomix.config.load import build_config
 from megacocomix.config.method import ARCHITECTURE, MethodConfig
+from megacocomix.config.rules import architecture_problems
 from megacocomix.config.schema import Config, ModelConfig
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
@@ -66,7 +67,7 @@ class Source:
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of every parameter, by our names."""
-        return parameter_shapes(self.shape, self.method)
+        return parameter_shapes(self.shape, self.method, self.path)
 
     @property
     def sha256(self) -> str:
@@ -89,9 +90,12 @@ def neutral_config(shape: ModelConfig, method: MethodConfig, tokenizer: str = ""
     return build_config(values, "the sizes of the source")
 
 
-def parameter_shapes(shape: ModelConfig, method: MethodConfig) -> dict[str, torch.Size]:
-    """Shape of every parameter, by our names. Raises UserError if the sizes do not fit each other."""
+def parameter_shapes(shape: ModelConfig, method: MethodConfig, where: Path) -> dict[str, torch.Size]:
+    """Shape of every parameter, by our names. Raises UserError, which mentions `where`, if the sizes do not fit each
+    other."""
     config = neutral_config(shape, method)
+    if problems := list(architecture_problems(config.model, config.method)):
+        raise UserError(*(f"{where}: {problem}" for problem in problems))
     with torch.device("meta"):
         model = GPT2(config.model, config.method)
     return {name: parameter.shape for name, parameter in model.named_parameters()}

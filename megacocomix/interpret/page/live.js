@@ -144,9 +144,9 @@ function handle(event, body) {
     setStatus(`${many(event.ahead, "request")} ${event.ahead === 1 ? "is" : "are"} before yours.`);
   } else if (event.event === "start") {
     setStatus("Generating …");
-    byId("cut").hidden = !event.cut;
-    const dropped = `${many(event.cut, "token")} of the prompt ${event.cut === 1 ? "was" : "were"} dropped`;
-    byId("cut").textContent = `${dropped}: the context is ${whole(live.context)}.`;
+    byId("truncated").hidden = !event.truncated;
+    const dropped = `${many(event.truncated, "token")} of the prompt ${event.truncated === 1 ? "was" : "were"} dropped`;
+    byId("truncated").textContent = `${dropped}: the context is ${whole(live.context)}.`;
     for (const { body: passage } of Object.values(streams)) {
       passage.append(make("span", { class: "prompt", text: event.prompt.join("") }));
     }
@@ -158,7 +158,7 @@ function handle(event, body) {
 
 function clearStreams({ steer }) {
   ended = false;
-  byId("cut").hidden = true;
+  byId("truncated").hidden = true;
   byId("effect").replaceChildren();
   byId("streams").hidden = false;
   byId("streams").classList.toggle("one", !steer);
