@@ -106,7 +106,7 @@ def _draw_norms(panel: Axes, norms: Norms) -> None:
     finite = norms.values[np.isfinite(norms.values)]
     panel.hist(finite, bins=60, color=COLORS[0])
     panel.axvline(SMALL, color=COLORS[1], linewidth=1.5)
-    panel.set_xlabel("norm of a concept's compress row", fontsize=12)
+    panel.set_xlabel("norm of a concept's compress column", fontsize=12)
     panel.set_ylabel("concepts", fontsize=12)
     panel.set_xlim(left=0)
     panel.tick_params(labelsize=11)
@@ -120,7 +120,7 @@ def _caption(drawn: list[str], curves: dict[str, list], norms: Norms | None) -> 
     if norms:
         parts.append(
             f"(c) {norms.run} at step {norms.step:,}: {100 * norms.small:.1f} % of {norms.values.size:,} concepts have "
-            f"a compress row of norm below {SMALL:g} (the paper, at 386M: 5.8 %)."
+            f"a compress column of norm below {SMALL:g} (the paper, at 386M: 5.8 %)."
         )
     for letter in drawn:
         rows = {label.split(":")[0] for label, *_ in curves.get(letter, ())}

@@ -75,7 +75,7 @@ class OptimizerConfig(Section):
     lr: PositiveFloat
     """Peak learning rate, reached after warm-up."""
     min_lr: NonNegativeFloat
-    """Learning rate at the last step; the paper uses 10 % of lr."""
+    """Learning rate where the cosine ends, one step after the last; the paper uses 10 % of lr."""
     warmup_steps: NonNegative
     """Steps of linear warm-up from 0; the paper uses 1/300 of training.steps."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)

@@ -123,7 +123,10 @@ def _open_with_transformers(folder: Path, device: str | torch.device) -> OpenMod
 def check_is_cocomix(opened: OpenModel) -> None:
     """Raises UserError for another architecture: its cache and padding are not as our decoding needs them."""
     if not isinstance(opened.model, CocomixForCausalLM):
-        raise UserError(f"{opened.path} is a {type(opened.model).__name__}: only GPT-2 and CoCoMix are decoded here.")
+        raise UserError(
+            f"{opened.path} runs as transformers' {type(opened.model).__name__}: only CoCoMix, and GPT-2 with a tied "
+            "head, are decoded here."
+        )
 
 
 def check_has_concepts(opened: OpenModel) -> None:

@@ -106,7 +106,7 @@ def _check_same(config: Config, stored: Config, run: Path) -> None:
     if different:
         raise UserError(
             f"run {run} belongs to another config:",
-            *(f"  {key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in different),
+            *(f"  {key} is {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} here" for key in different),
             "Choose another folder with run=PATH, or give the values of the folder's config.yaml.",
         )
 

@@ -62,7 +62,7 @@ def test_the_norms_are_of_the_rows_of_the_newest_checkpoint_with_a_compress_laye
     write_checkpoint(folders[1], 20, concept__compress__weight=torch.ones(8, 4))
     write_checkpoint(folders[1], 40, concept__compress__weight=weight, wte__weight=torch.ones(2))
     page = write_report(read_groups(folders), tmp_path / "out", "command")
-    assert "(c) run1 at step 40: 25.0 % of 8 concepts have a compress row of norm below 0.01" in page.read_text()
+    assert "(c) run1 at step 40: 25.0 % of 8 concepts have a compress column of norm below 0.01" in page.read_text()
     assert (tmp_path / "out/plots/figure6.svg").exists()
     (panel,) = plot_figure_6(read_groups(folders))[0].axes
     assert np.sum([bar.get_height() for bar in panel.patches]) == 8
