@@ -54,7 +54,7 @@ def run(command, folder, timeout=400):
 
 def readme_commands(root):
     blocks = re.findall(r"```sh\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+    return [line.partition("  #")[0] for block in blocks for line in block.splitlines() if line]
 
 
 @pytest.mark.slow

@@ -341,4 +341,4 @@ def test_a_run_begins_with_the_weights_of_training_init(folder, tmp_path, model)
     assert outcomes["concepts into none"][0] == 2 and "has a concept module" in outcomes["concepts into none"][1][0]
     damage(tmp_path / "hf/model.safetensors", lambda tensors: tensors["transformer.ln_f.bias"].add_(1))
     code, problems = run_processes(1, train_all, [configs["again"]])[0][0]
-    assert code == 2 and "other content of training.init_from" in problems[0]
+    assert code == 2 and "the content of training.init_from has changed" in problems[0]

@@ -72,7 +72,7 @@ def test_other_content_under_the_same_name_does_not_resume(folder):
     tiny.write_tokens(folder / "moving.bin", 100 * tiny.CONTEXT, seed=7)
     ((code, problems),) = run_processes(1, train, tiny.config(folder, "moved", data=data))
     assert code == 2
-    assert "other content of data.train" in problems[0]
+    assert "the content of data.train has changed" in problems[0]
 
 
 def validation_dropout(config):
