@@ -22,9 +22,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     for path in parser.parse_args().paths:
-        changes = 0
-        for changes, line in enumerate(upgrade(path), start=1):  # noqa: B007 (their number)
+        changes = False
+        for line in upgrade(path):
             print(line, flush=True)
+            changes = True
         if not changes:
             print(f"{path}: nothing to change")
 

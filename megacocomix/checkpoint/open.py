@@ -3,12 +3,13 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from megacocomix.checkpoint.detect import Detected, detect
 from megacocomix.checkpoint.external.deepspeed import open_deepspeed
-from megacocomix.checkpoint.external.hf import open_hf
+from megacocomix.checkpoint.external.hf import hf_model_type, load_causal_lm, open_hf
 from megacocomix.checkpoint.external.megatron import open_megatron
 from megacocomix.checkpoint.external.source import NO_HINTS, Hints, Source, check_tensors, parameter_shapes
 from megacocomix.checkpoint.format import CHECKPOINT_FILE, read_checkpoint_manifest
@@ -17,8 +18,12 @@ from megacocomix.config.load import build_config
 from megacocomix.config.schema import Config, ModelConfig
 from megacocomix.config.yaml_text import read_yaml
 from megacocomix.data.tokenizer import folder_tokenizer
+from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
 from megacocomix.model.gpt2 import GPT2
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # takes seconds, and few callers need it
 
 
 def open_source(path: str | Path | Detected, hints: Hints = NO_HINTS) -> Source:
@@ -63,7 +68,25 @@ def load_model(path: str | Path | Detected) -> LoadedModel:
     return LoadedModel(model, source.shape, source.config, weights_sha256(source.path), source.path)
 
 
-def weights_sha256(path: str | Path) -> str:
+def load_lm(path: str | Path | Detected, dtype: torch.dtype) -> "LoadedModel | PreTrainedModel":
+    """The language model in any such folder: ours in fp32, or transformers' class in `dtype`, on the CPU, for another
+    architecture and for a GPT-2 that our modules cannot run, such as an untied one. Raises UserError."""
+    found = detect(path)
+    model_type = hf_model_type(found.path) if found.kind == "hf" else None
+    if model_type not in (None, "gpt2", "cocomix"):
+        return load_causal_lm(found.path, dtype)
+    try:
+        return load_model(found)
+    except UserError as error:
+        if model_type != "gpt2":
+            raise
+        try:
+            return load_causal_lm(found.path, dtype)
+        except UserError:
+            raise error from None
+
+
+def weights_sha256(path: str | Path | Detected) -> str:
     """The SHA-256 that identifies a model's weights. For a native checkpoint it comes from the hashes in the manifest,
     for a Hugging Face folder of any architecture from its safetensors files. Raises UserError if there are none."""
     kind, path, _ = detect(path)

@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from megacocomix.checkpoint.detect import detect
-from megacocomix.checkpoint.external.hf import hf_model_type, load_causal_lm
-from megacocomix.checkpoint.open import load_model, model_tokenizer, weights_sha256
+from megacocomix.checkpoint.open import LoadedModel, load_lm, model_tokenizer, weights_sha256
 from megacocomix.config.schema import Config
 from megacocomix.data.tokenizer import Tokenizer, export_tokenizer, load_hf_tokenizer, load_tokenizer
 from megacocomix.errors import UserError
@@ -101,23 +100,10 @@ def open_model(path: str | Path, device: str | torch.device | None = None) -> Op
             f"{path} is a checkpoint of {'Megatron-LM' if found.kind == 'megatron' else 'DeepSpeed'}: convert it first "
             "with tools/convert_checkpoint.py --to native."
         )
-    model_type = hf_model_type(found.path) if found.kind == "hf" else None
-    if model_type not in (None, "gpt2", "cocomix"):
-        return _open_with_transformers(found.path, device)
-    try:
-        loaded = load_model(found)
-    except UserError as error:
-        if model_type != "gpt2":
-            raise
-        try:
-            return _open_with_transformers(found.path, device)  # a GPT-2 that our modules cannot run: an untied one
-        except UserError:
-            raise error from None
-    return OpenModel(to_cocomix(loaded).to(device), loaded.path, loaded.sha256, loaded.config)
-
-
-def _open_with_transformers(folder: Path, device: str | torch.device) -> OpenModel:
-    return OpenModel(load_causal_lm(folder, torch.float32).to(device), folder, weights_sha256(folder), None)
+    lm = load_lm(found, torch.float32)
+    if isinstance(lm, LoadedModel):
+        return OpenModel(to_cocomix(lm).to(device), lm.path, lm.sha256, lm.config)
+    return OpenModel(lm.to(device), found.path, weights_sha256(found), None)
 
 
 def check_is_cocomix(opened: OpenModel) -> None:

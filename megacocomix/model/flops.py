@@ -52,11 +52,3 @@ def student_flops(config: Config) -> float:
     """Training FLOPs (forward and backward) of the student per token."""
     blocks = sum(block_flops(config, index) for index in range(config.model.num_layers))
     return 3 * (blocks + head_flops(config) + module_flops(config))
-
-
-def activated_parameters(config: Config) -> int:
-    """Parameters that one token uses, as the paper counts them: only num_kept rows of the compress layer (appendix
-    A)."""
-    model, width = config.model, config.model.hidden_size
-    rows = _module_rows(config) or (config.method.mix == "pause")
-    return model.num_layers * (12 * width**2 + 13 * width) + (model.vocab_size + model.context + 2 + rows) * width

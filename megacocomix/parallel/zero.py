@@ -218,7 +218,8 @@ class Engine:
 
 
 class _Partition:
-    """Where a DeepSpeed optimizer keeps masters, moments and gradients. The base class serves all sharded kinds."""
+    """Where a DeepSpeed optimizer keeps masters, moments and gradients. This class has what the sharded kinds share;
+    each kind adds `gradient(parameter)`, which returns of the gradient what `values` returns of a state."""
 
     replicates_states = False
     replicates_gradients = False
@@ -261,12 +262,9 @@ class _Partition:
         values = flat.data if state == "weight" else self.adam.state[flat][state]
         return start, values.view(-1)[within]
 
-    def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
-        """The same for the gradient."""
-        group, start, within = self.place(parameter)
-        if self.engine.offload:
-            return start, self.masters()[group].grad.view(-1)[within]
-        return start, self.reduced_gradient(parameter, group, within)
+    def offloaded_gradient(self, group: int, within: slice) -> Tensor:
+        """The flat gradient of this rank's part, where it is on the host."""
+        return self.masters()[group].grad.view(-1)[within]
 
     def place(self, parameter: nn.Parameter) -> tuple[int, int, slice]:
         """This rank's part of a parameter: index of the flat partition, the parameter's first element, and the slice of
@@ -280,10 +278,6 @@ class _Partition:
             fragment.lp_fragment_address.start,
             slice(address.start, address.start + address.numel),
         )
-
-    def reduced_gradient(self, parameter: nn.Parameter, group: int, within: slice) -> Tensor:
-        """The flat gradient of this rank's part, if it is on the device."""
-        raise NotImplementedError
 
 
 class _Replicated(_Partition):
@@ -348,10 +342,13 @@ class _FlatShards(_Partition):
                 flat = torch.cat([gradient.flatten() for gradient in gradients])
                 self.optimizer.averaged_gradients[group] = [flat]
 
-    def reduced_gradient(self, parameter: nn.Parameter, group: int, within: slice) -> Tensor:
+    def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        group, start, within = self.place(parameter)
+        if self.engine.offload:
+            return start, self.offloaded_gradient(group, within)
         gradients = self.optimizer.averaged_gradients[group]
         flat = getattr(gradients, "flat_partition", None)
-        return (gradients[0] if flat is None else flat).view(-1)[within]
+        return start, (gradients[0] if flat is None else flat).view(-1)[within]
 
 
 class _ParameterShards(_Partition):
@@ -382,8 +379,11 @@ class _ParameterShards(_Partition):
         group, offset, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         return group, self.engine.grid.data_rank * length, slice(offset, offset + length)
 
-    def reduced_gradient(self, parameter: nn.Parameter, group: int, within: slice) -> Tensor:
-        return self.optimizer.averaged_gradients[group][self.place_in_group[parameter]].view(-1)
+    def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor]:
+        group, start, within = self.place(parameter)
+        if self.engine.offload:
+            return start, self.offloaded_gradient(group, within)
+        return start, self.optimizer.averaged_gradients[group][self.place_in_group[parameter]].view(-1)
 
 
 def _choose_partition(engine: Engine, config: Config) -> _Partition:

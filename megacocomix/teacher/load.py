@@ -2,18 +2,20 @@
 LM uses transformers' modules, if its blocks can be listed."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from megacocomix.checkpoint.detect import detect
-from megacocomix.checkpoint.external.hf import hf_model_type, load_causal_lm
-from megacocomix.checkpoint.open import load_model, model_tokenizer, weights_sha256
+from megacocomix.checkpoint.open import LoadedModel, load_lm, model_tokenizer, weights_sha256
 from megacocomix.config.schema import Location
 from megacocomix.data.tokenizer import Tokenizer, load_tokenizer
 from megacocomix.errors import UserError
 from megacocomix.hub import local_folder
 from megacocomix.teacher.model import Teacher, TeacherModel, gpt2_teacher
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def load_teacher(
@@ -38,23 +40,14 @@ def load_teacher_model(
 ) -> TeacherModel:
     """A teacher's model, without a hook point. Raises UserError, also for weights that are not finite."""
     path = local_folder(path)
-    found = detect(path)
-    model_type = hf_model_type(found.path) if found.kind == "hf" else "cocomix"
-    if model_type not in ("gpt2", "cocomix"):
-        return _load_hf(path, device, dtype)
-    try:
-        loaded = load_model(found)
-    except UserError as error:
-        if model_type != "gpt2":
-            raise
-        try:
-            return _load_hf(path, device, dtype)  # a GPT-2 that our modules cannot run: an untied one
-        except UserError:
-            raise error from None
-    if loaded.model.concept is not None:
+    lm = load_lm(path, dtype)
+    if not isinstance(lm, LoadedModel):
+        _check_finite(lm, path)
+        return _hf_teacher(lm.requires_grad_(False).to(device), path)
+    if lm.model.concept is not None:
         raise UserError(f"teacher {path} has a concept module; only next-token models can be teachers.")
-    _check_finite(loaded.model, path)
-    return gpt2_teacher(loaded.model.to(device=device, dtype=dtype), loaded.sha256)
+    _check_finite(lm.model, path)
+    return gpt2_teacher(lm.model.to(device=device, dtype=dtype), lm.sha256)
 
 
 def _check_finite(model: nn.Module, path: Path) -> None:
@@ -69,11 +62,7 @@ def teacher_tokenizer(path: str | Path) -> Tokenizer | None:
     return load_tokenizer(spec) if spec and (spec == "gpt2" or Path(spec).exists()) else None
 
 
-def _load_hf(path: Path, device: str | torch.device, dtype: torch.dtype) -> TeacherModel:
-    if not list(path.glob("*.safetensors")):
-        raise UserError(f"teacher {path} holds no .safetensors file: save it with save_pretrained.")
-    lm = load_causal_lm(path, dtype).requires_grad_(False).to(device)
-    _check_finite(lm, path)
+def _hf_teacher(lm: "PreTrainedModel", path: Path) -> TeacherModel:
     config = lm.config.get_text_config()
     base, head, blocks = lm.base_model, lm.get_output_embeddings(), _list_blocks(lm, config.num_hidden_layers)
     if not isinstance(head, nn.Linear) or blocks is None:

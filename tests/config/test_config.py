@@ -7,7 +7,7 @@ from megacocomix.config.rules import check_config, layout_warnings
 from megacocomix.config.schema import Config, section_type
 from megacocomix.config.yaml_text import parse_yaml
 from megacocomix.errors import UserError
-from megacocomix.model.flops import activated_parameters, student_flops
+from megacocomix.model.flops import student_flops
 from megacocomix.training.optimizer import learning_rate
 
 # The paper's appendix A: layers, width, control's width, insertion layer, lr, warm-up, steps, windows per step.
@@ -29,6 +29,13 @@ def recipe(tmp_path, root):
         return path
 
     return write
+
+
+def activated_parameters(config):
+    """Parameters that one token uses, as the paper counts them: num_kept columns of the compress layer (appendix A)."""
+    model, width, method = config.model, config.model.hidden_size, config.method
+    rows = method.num_concepts + method.num_kept if method.predict == "concepts" else 0
+    return model.num_layers * (12 * width**2 + 13 * width) + (model.vocab_size + model.context + 2 + rows) * width
 
 
 def problems(path, *overrides, world=2):

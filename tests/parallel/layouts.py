@@ -119,7 +119,7 @@ def nightly_unless(condition: bool):
 
 
 def asked_for(request, name: str) -> list:
-    """The values of the parameter `name` in the tests of the requesting module that this session runs."""
+    """The values of the parameter `name` in the tests of the requesting module that are selected to run."""
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     return list(dict.fromkeys(item.callspec.params[name] for item in items if name in item.callspec.params))
 

@@ -97,6 +97,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no .safetensors file: save it with save_pretrained.")
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns in a table of what the check below says in one line
