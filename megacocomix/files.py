@@ -17,6 +17,24 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_lfs_pointer(path: str | Path) -> bool:
+    """Whether a file is git-lfs's stand-in for one that was not downloaded: a few lines of text under its name."""
+    with open(path, "rb") as file:
+        return file.read(64).startswith(b"version https://git-lfs.github.com/spec/")
+
+
+def damaged(path: str | Path, error: object) -> UserError:
+    """The error to raise for a file that cannot be read, for the reason `error`."""
+    try:
+        is_pointer = is_lfs_pointer(path)
+    except OSError:
+        is_pointer = False
+    if is_pointer:
+        return UserError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder.")
+    reason = " ".join(str(error).split())
+    return UserError(f"{path} is truncated or damaged: {reason:.150}")
+
+
 @contextmanager
 def write_aside(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path for a file or folder. It is renamed to `path` when the block ends. If the block raises,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megacocomix.errors import UserError
+from megacocomix.files import damaged, is_lfs_pointer
 
 STAND_INS = ("megatron.", "deepspeed.")
 NUMPY = ("_reconstruct", "scalar")
@@ -56,7 +57,7 @@ def _unknown_globals(path: Path) -> list[str]:
             return []  # torch's older format cannot be listed; its unpickler refuses classes that are not allowed
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except (ValueError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, AssertionError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
 def _is_zip(path: Path) -> bool:
@@ -73,10 +74,12 @@ def load_pickle(path: Path) -> dict:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except pickle.UnpicklingError as error:
+            if is_lfs_pointer(path):
+                raise damaged(path, error) from None
             reason = str(error).partition("WeightsUnpickler error:")[2].strip().split("\n")[0]
             raise UserError(f"{path} cannot be read as weights only, nothing of it was run: {reason:.150}") from None
         except (RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            raise _damaged(path, error) from None
+            raise damaged(path, error) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint.")
     return content
@@ -94,8 +97,3 @@ def weights_only() -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    first = str(error).strip().split("\n")[0]
-    return UserError(f"{path} is truncated or damaged: {first:.100}.")

@@ -95,11 +95,10 @@ def weights_sha256(path: str | Path | Detected) -> str:
         hashes = {name: entry["sha256"] for name, entry in files.items() if name.startswith("weights-")}
     elif kind != "hf":
         return open_source(path).sha256
-    elif (path / "model.safetensors").is_file():
-        return file_sha256(path / "model.safetensors")
     else:
-        files = sorted(path.glob("*.safetensors")) or sharded_files(path)
-        hashes = {file.name: file_sha256(file) for file in files}
+        hashes = {file.name: file_sha256(file) for file in sharded_files(path)}
+        if len(hashes) == 1:
+            return next(iter(hashes.values()))
     return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
 
 

@@ -1,7 +1,9 @@
 """Named tensors in safetensors files, read and written one at a time, so that never more than one is in memory."""
 
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -10,17 +12,32 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megacocomix.errors import UserError
-from megacocomix.files import file_sha256
+from megacocomix.files import damaged, file_sha256
 
+log = logging.getLogger(__name__)
+
+# What DistributedDataParallel and DeepSpeed, torch.compile, FSDP and activation checkpointing put into the names of a
+# module that they wrap, and `model.`, under which Lightning and others keep it.
+WRAPPERS = r"_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+WRAPPED = re.compile(rf"^(?:(?:module|{WRAPPERS})\.)+|(?<=\.)(?:{WRAPPERS})\.")
+TYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOATS = tuple(TYPE_NAMES.values())
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
+
+
+def unwrapped_name(name: str) -> str:
+    """`module._orig_mod.model.h.0._orig_mod.ln_1.bias` → `h.0.ln_1.bias`: the name in a GPT-2 that nothing wraps."""
+    return WRAPPED.sub("", WRAPPED.sub("", name).removeprefix("model."))
 
 
 class SafetensorFiles:
     """The tensors of one or several safetensors files, by name."""
 
-    def __init__(self, files: Iterable[Path]):
-        """Open all files and read their headers. Raises UserError if one is damaged."""
+    def __init__(self, files: Iterable[Path], rename: Callable[[str], str] = str):
+        """Open all files and read their headers. `rename` turns a stored name into the name used here. Raises UserError
+        if a file is damaged, or two tensors have one name."""
         self.files = list(files)
+        self._stored_names: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.metadata: dict[str, str] = {}
@@ -29,12 +46,15 @@ class SafetensorFiles:
             try:
                 file = safe_open(path, "pt")
                 self.metadata |= file.metadata() or {}
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    tensor = file.get_slice(name)
-                    self._where[name] = path, file
+                for stored_name in file.keys():  # noqa: SIM118 (not a dict)
+                    tensor, name = file.get_slice(stored_name), rename(stored_name)
+                    if name in self._where:
+                        first = self._stored_names[name]
+                        raise UserError(f"{path}: {stored_name} and {first} of {self.file_of(name)} are one tensor.")
+                    self._where[name], self._stored_names[name] = (path, file), stored_name
                     self.shapes[name], self.dtypes[name] = tuple(tensor.get_shape()), tensor.get_dtype()
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is damaged or not a safetensors file: {error}.") from None
+                raise damaged(path, error) from None
 
     def file_of(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -42,17 +62,19 @@ class SafetensorFiles:
 
     def read(self, name: str) -> Tensor:
         """A whole tensor in its stored dtype."""
-        return self._where[name][1].get_tensor(name)
+        return self._where[name][1].get_tensor(self._stored_names[name])
 
 
 def sharded_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the shards listed in `model.safetensors.index.json`. Raises UserError if one is
-    missing."""
+    """The files of the model in a folder: `model.safetensors` if there is one, as in transformers, else the shards
+    listed in `model.safetensors.index.json`. Raises UserError if one is missing, or does not hold what is listed."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not index.is_file():
-        if not whole.is_file():
-            raise UserError(f"{whole} does not exist: save the model with safetensors.")
+    if whole.is_file():
+        if index.is_file():
+            log.warning("%s is read, as transformers does; the shards of %s beside it are not", whole, index.name)
         return [whole]
+    if not index.is_file():
+        raise UserError(f"{folder} holds no {whole.name}: save the model with save_pretrained.")
     try:
         found = {name: str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
         min(found)
@@ -63,6 +85,10 @@ def sharded_files(folder: Path) -> list[Path]:
         if not shard.is_file():
             lost = min(name for name, file in found.items() if Path(file).name == shard.name)
             raise UserError(f"{shard} does not exist, but {index.name} lists it for {lost}.")
+    held = SafetensorFiles(shards)
+    for name, file in found.items():
+        if name not in held.shapes or held.file_of(name).name != Path(file).name:
+            raise UserError(f"{folder / Path(file).name} does not hold {name}, but {index.name} lists it there.")
     return shards
 
 

@@ -150,7 +150,7 @@ def test_a_config_yaml_of_others_names_no_tokenizer(tmp_path, text):
 def test_what_cannot_be_a_teacher_is_named(tmp_path, saved):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match=r"holds no \.safetensors file"):
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         load_teacher(tmp_path / "empty", 0)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/config.json").write_text(json.dumps({"model_type": "nonsense"}))

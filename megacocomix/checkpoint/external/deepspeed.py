@@ -21,6 +21,7 @@ from megacocomix.checkpoint.external.source import (
     method_from_hints,
     parameter_shapes,
 )
+from megacocomix.checkpoint.tensors import unwrapped_name
 from megacocomix.config.schema import ModelConfig
 from megacocomix.errors import UserError
 from megacocomix.pickles import allow_list, weights_only
@@ -28,12 +29,14 @@ from megacocomix.pickles import allow_list, weights_only
 
 def find_partitions(path: Path) -> Path | None:
     """The folder with the partitions: `path`, or the folder inside it named by the file `latest`. None if there are no
-    partitions."""
+    partitions. Raises UserError if the folder that `latest` names has none."""
     latest = path / "latest"
     newest = Path(latest.read_text(errors="replace").strip()).name if latest.is_file() else ""
     for folder in (path, path / newest):
         if folder.is_dir() and list(folder.glob("*_optim_states.pt")):
             return folder
+    if newest:
+        raise UserError(f"{latest} names {newest}, which holds no *_optim_states.pt: copy that folder too.")
     return None
 
 
@@ -50,7 +53,7 @@ def _open_ours(path: Path, store: "MergedPartitions", hints: Hints) -> Source:
     shape = _shape(path, store, "embed.tokens", "embed.positions", hints)
     predictor = store.shapes.get("concept.predict.weight")
     method = method_from_hints(predictor[0], shape.num_layers, hints, path) if predictor else NEXT_TOKEN
-    check_tensors(store, parameter_shapes(shape, method, path), path, ("head.weight",))
+    check_tensors(store, parameter_shapes(shape, method, path), path, re.compile(r"head\.weight"))
     if "head.weight" in store.shapes and not torch.equal(store.read("head.weight"), store.read("embed.tokens.weight")):
         raise UserError(f"{path}: head.weight is not embed.tokens.weight; only a tied head is read.")
     read = lambda name: store.read(name).float()
@@ -103,9 +106,11 @@ class MergedPartitions:
             except Exception as error:  # DeepSpeed raises many types for a damaged file
                 first = str(error).strip().split("\n")[0]
                 raise UserError(f"{folder} cannot be merged by DeepSpeed's zero_to_fp32: {first:.150}.") from None
-        self._tensors = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        self._tensors = {unwrapped_name(name): tensor for name, tensor in state.items()}
+        if len(self._tensors) < len(state):
+            raise UserError(f"{folder} holds two tensors of one name: {' '.join(sorted(state))[:150]}.")
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        self.dtypes = dict.fromkeys(self.shapes, "fp32 partitions")
+        self.dtypes = dict.fromkeys(self.shapes, "F32")  # zero_to_fp32 merges the fp32 master weights
 
     def file_of(self, name: str) -> Path:
         """The folder: every file in it holds a part of each tensor."""

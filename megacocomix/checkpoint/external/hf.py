@@ -9,6 +9,7 @@ folder up, or else in the hints.
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,25 +26,32 @@ from megacocomix.checkpoint.external.source import (
     parameter_shapes,
 )
 from megacocomix.checkpoint.hf_names import from_hf, hf_shapes
-from megacocomix.checkpoint.tensors import SafetensorFiles, sharded_files
+from megacocomix.checkpoint.tensors import FLOATS, WRAPPED, SafetensorFiles, sharded_files, unwrapped_name
 from megacocomix.config.method import ARCHITECTURE, MethodConfig
 from megacocomix.config.schema import ModelConfig
 from megacocomix.config.yaml_text import read_yaml
 from megacocomix.errors import UserError
+from megacocomix.files import damaged
 from megacocomix.model.gpt2 import LAYER_NORM_EPS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # takes seconds, and few callers need it
 
-# Stored by some versions of transformers: the causal mask, and a second copy of the tied embedding.
-BUFFERS = (".attn.bias", ".attn.masked_bias")
 HEAD = "lm_head.weight"
+# Heads of other tasks, which a causal LM does not compute.
+OTHER_HEADS = re.compile(r"(?:score|classifier|multiple_choice_head|qa_outputs|v_head)\..+")
+# Some versions of transformers store the causal mask, the number that stands for minus infinity in it, and a second
+# copy of the tied embedding.
+HARMLESS = re.compile(rf"(?:transformer\.)?h\.\d+\.attn\.(?:masked_)?bias|lm_head\.weight|{OTHER_HEADS.pattern}")
+# What wraps a whole model of transformers whose own names begin with `model.`.
+WRAPPED_MODEL = re.compile(rf"{WRAPPED.pattern}|^model\.(?=(?:model|lm_head)\.)")
 
 
 def open_hf(folder: Path, hints: Hints) -> Source:
     """Open a folder of one of the three kinds above. Raises UserError."""
+    check_complete(folder)
     shape = hf_shape(folder)
-    store = SafetensorFiles(sharded_files(folder))
+    store = SafetensorFiles(sharded_files(folder), unwrapped_name)
     values = config_json(folder)
     if values["model_type"] != "cocomix":
         return open_hf_named("Hugging Face GPT-2", folder, store, shape, _with_published_config(folder, hints))
@@ -70,9 +78,9 @@ def open_hf_named(
         kind = kind.replace("Hugging Face GPT-2", "published CoCoMix code")
     method = method or NEXT_TOKEN
     expected = hf_shapes(parameter_shapes(shape, method, path), shape.num_heads)
-    check_tensors(store, {stored(name): size for name, size in expected.items()}, path, (*BUFFERS, HEAD))
+    check_tensors(store, {stored(name): size for name, size in expected.items()}, path, HARMLESS)
     embedding = stored("transformer.wte.weight")
-    if HEAD in store.shapes and not torch.equal(store.read(HEAD), store.read(embedding)):
+    if HEAD in store.shapes and not torch.equal(store.read(HEAD).float(), store.read(embedding).float()):
         raise UserError(f"{store.file_of(HEAD)}: {HEAD} is not {embedding}; only a tied head is read.")
     read_hf = lambda name: store.read(stored(name)).float()
     read = lambda name: from_hf(name, read_hf, shape.num_heads)
@@ -88,17 +96,26 @@ def config_json(folder: Path) -> dict:
     except OSError:
         raise UserError(f"{folder} holds no config.json: save the model with save_pretrained.") from None
     except (ValueError, TypeError):
-        raise UserError(f"{folder}/config.json is damaged: not a JSON object.") from None
+        raise damaged(folder / "config.json", "not a JSON object.") from None
+
+
+def check_complete(folder: Path) -> None:
+    """Raises UserError if something beside the weights of a Hugging Face folder changes what they compute."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds an adapter of PEFT too: merge it into the weights (merge_and_unload) first.")
+    values = config_json(folder)
+    if values.get("model_type") == "gpt2" and "AutoModelForCausalLM" in (values.get("auto_map") or {}):
+        raise UserError(f"{folder}/config.json names code of its own (auto_map): its model is not transformers' GPT-2.")
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
     """Load a causal language model of any architecture as transformers' class, in eval mode on the CPU. No code from
-    the folder is run. Raises UserError, also if tensors of the model are missing."""
+    the folder is run. Raises UserError, also if tensors of the model are missing or others are beside them."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{folder} holds no .safetensors file: save it with save_pretrained.")
+    check_complete(folder)
+    store = SafetensorFiles(sharded_files(folder), lambda name: WRAPPED_MODEL.sub("", name))
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns in a table of what the check below says in one line
@@ -110,18 +127,27 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            key_mapping={WRAPPED_MODEL.pattern: ""},
         )
     except Exception as error:  # transformers raises many types
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} cannot be loaded by transformers as a causal LM: {reason:.200}") from None
     finally:
         logging.set_verbosity(verbosity)
-    # transformers fills missing tensors with random values and ignores unexpected ones. The head of another task, such
-    # as a classifier's, is beside the model; a tensor of the body is not.
-    body = model.base_model_prefix + "."
-    unfit = sorted({*loading["missing_keys"], *(key for key in loading["unexpected_keys"] if key.startswith(body))})
-    if unfit:
+    # transformers fills missing tensors with random values and ignores unexpected ones.
+    unexpected = {key for key in loading["unexpected_keys"] if not OTHER_HEADS.fullmatch(key)}
+    if model.config.model_type == "gpt2":  # of which it does not even report names that contain "attn.bias"
+        known = model.state_dict().keys()
+        own = (name for name in store.shapes if not HARMLESS.fullmatch(name))
+        unexpected |= {name for name in own if not {name, f"transformer.{name}"} & known}
+    if unfit := sorted({*loading["missing_keys"], *unexpected}):
         raise UserError(f"{folder}/config.json does not fit its weights: {unfit[0]} and {len(unfit) - 1} more tensors.")
+    # It casts integers, such as quantized weights without their scales, to floating-point numbers.
+    for name, _ in model.named_parameters():
+        if store.dtypes.get(name, FLOATS[0]) not in FLOATS:
+            raise UserError(
+                f"{store.file_of(name)}: {name} is of type {store.dtypes[name]}; {' '.join(FLOATS)} are read."
+            )
     if not getattr(model.config.get_text_config(), "max_position_embeddings", None):
         raise UserError(f"{folder} does not record how many tokens it reads: set max_position_embeddings.")
     return model.eval()

@@ -20,11 +20,14 @@ from torch import Tensor
 from megacocomix.checkpoint.external.source import NEXT_TOKEN, Hints, Source, check_tensors, parameter_shapes
 from megacocomix.checkpoint.hf_names import INNER as HF_INNER
 from megacocomix.checkpoint.hf_names import hf_name
+from megacocomix.checkpoint.tensors import TYPE_NAMES
 from megacocomix.config.schema import ModelConfig
 from megacocomix.errors import UserError
 from megacocomix.pickles import load_pickle
 
 TOKENS = "embedding.word_embeddings.weight"
+# A second copy of the tied embedding, which the last pipeline stage had.
+HEAD = "word_embeddings_for_head.weight"
 OUTER = {
     "embed.tokens.weight": TOKENS,
     "embed.positions.weight": "embedding.position_embeddings.weight",
@@ -45,10 +48,21 @@ SHARDED_BY_ROWS = (
     "dense_h_to_4h.weight",
     "dense_h_to_4h.bias",
     TOKENS,
+    HEAD,
 )
 SHARDED_BY_COLUMNS = ("self_attention.dense.weight", "dense_4h_to_h.weight")
-# The settings that our model computes. A checkpoint whose args differ belongs to another model.
+# The settings that our model computes, of all versions. A checkpoint whose args differ belongs to another model.
 EXPECTED = {
+    "pipeline_model_parallel_size": 1,
+    "add_position_embedding": True,
+    "use_rotary_position_embeddings": False,
+    "group_query_attention": False,
+    "multi_latent_attention": False,
+    "qk_layernorm": False,
+    "window_size": None,
+    "softmax_type": "vanilla",
+    "retro_add_retriever": False,
+    "mtp_num_layers": None,
     "layernorm_epsilon": 1e-5,
     "apply_residual_connection_post_layernorm": False,
     "untie_embeddings_and_output_weights": False,
@@ -93,7 +107,9 @@ def open_megatron(path: Path, hints: Hints) -> Source:
     expected = {_megatron_name(name): size for name, size in parameter_shapes(shape, NEXT_TOKEN, path).items()}
     if store.shapes.get(TOKENS, (0,))[0] > shape.vocab_size:  # padded so that it divides among the ranks
         expected[TOKENS] = (store.shapes[TOKENS][0], shape.hidden_size)
-    check_tensors(store, expected, path)
+    check_tensors(store, expected, path, re.compile(re.escape(HEAD)))
+    if HEAD in store.shapes and not torch.equal(store.read(HEAD), store.read(TOKENS)):
+        raise UserError(f"{store.files[0]}: {HEAD} is not {TOKENS}; only a tied head is read.")
     kind = f"Megatron-LM checkpoint, version {store.version:g}, tensor parallel {len(files)}"
 
     def read(name: str) -> Tensor:
@@ -133,8 +149,12 @@ class _Ranks:
         if not isinstance(version, int | float) or not 0 <= version <= 3:
             raise UserError(f"{files[0]} is of checkpoint_version {version!r}; 0 to 3 can be read.")
         self.version = float(version)
+        iterations = [content.get("iteration") for content in contents]
+        for file, iteration in zip(files, iterations, strict=True):
+            if iteration != iterations[0]:
+                raise UserError(f"{file} is of iteration {iteration}, but {files[0]} of {iterations[0]}.")
         self._shards = [_flat(content, file) for content, file in zip(contents, files, strict=True)]
-        self.shapes = {}
+        self.shapes, self.dtypes = {}, {}
         for name, shard in self._shards[0].items():
             for rank, others in enumerate(self._shards):
                 if name not in others or others[name].shape != shard.shape:
@@ -146,6 +166,7 @@ class _Ranks:
             if dim is not None and len(size) > dim:
                 size[dim] *= len(files)
             self.shapes[name] = tuple(size)
+            self.dtypes[name] = TYPE_NAMES.get(shard.dtype, str(shard.dtype))
         for file, others in zip(files, self._shards, strict=True):
             if extra := sorted(others.keys() - self._shards[0].keys()):
                 raise UserError(f"{file} holds {extra[0]}, which {files[0]} does not.")
@@ -167,11 +188,15 @@ def _sharded_dim(name: str) -> int | None:
 def _flat(content: dict, file: Path) -> dict[str, Tensor]:
     """Flatten nested dictionaries. Names that Megatron changed over the years become the newest ones."""
     try:
-        model = content["model"]["language_model"]
-        sections = {"embedding": model["embedding"], "encoder": model.get("encoder") or model["transformer"]}
-    except (KeyError, TypeError, AttributeError):
+        model = dict(content["model"])
+        model |= model.pop("language_model")
+        if "transformer" in model:
+            model["encoder"] = model.pop("transformer")
+        if not {"embedding", "encoder"} <= model.keys():
+            raise KeyError
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{file} holds no language_model with embedding and encoder.") from None
-    flat, stack = {}, [("", sections)]
+    flat, stack = {}, [("", model)]
     while stack:
         prefix, values = stack.pop()
         for key, value in values.items():
@@ -187,6 +212,9 @@ def _shape(store: _Ranks, hints: Hints, path: Path) -> ModelConfig:
     for key, expected in EXPECTED.items():
         if arguments.get(key, expected) != expected:
             raise UserError(f"{path}: {key} is {arguments[key]!r} in its args; only {expected!r} can be read.")
+    ranks = arguments.get("tensor_model_parallel_size", len(store.files))
+    if ranks != len(store.files):
+        raise UserError(f"{path} has {len(store.files)} tensor ranks, but its args say {ranks}: copy the others too.")
     if arguments.get("bias_gelu_fusion") is False and not arguments.get("openai_gelu"):
         raise UserError(
             f"{path}: its args use the exact GELU (bias_gelu_fusion and openai_gelu are off); GPT-2 and this package "

@@ -4,6 +4,7 @@ All tensors are checked for presence and shape before the first is read.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megacocomix.checkpoint.tensors import FLOATS
 from megacocomix.config.load import build_config
 from megacocomix.config.method import ARCHITECTURE, MethodConfig
 from megacocomix.config.rules import architecture_problems
@@ -42,6 +44,7 @@ class Store(Protocol):
 
     files: list[Path]
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
 
     def file_of(self, name: str) -> Path:
         """The file or folder to name in an error about a tensor."""
@@ -101,17 +104,23 @@ def parameter_shapes(shape: ModelConfig, method: MethodConfig, where: Path) -> d
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def check_tensors(store: Store, expected: Mapping[str, tuple[int, ...]], where: Path, ignore=()) -> None:
-    """Raises UserError if a tensor is missing, has another shape, or is unknown. The error is one line: it names the
-    first such tensor and counts the others. Unknown names that end with one of `ignore` are allowed."""
+def check_tensors(
+    store: Store, expected: Mapping[str, tuple[int, ...]], where: Path, harmless: re.Pattern | None = None
+) -> None:
+    """Raises UserError if a tensor is missing, has another shape, holds no floating-point numbers, or is unknown. The
+    error is one line: it names the first such tensor and counts the others. Names that match `harmless` are allowed."""
     problems = []
     for name, shape in expected.items():
         if name not in store.shapes:
             problems.append(f"{where} lacks {name}, of shape {list(shape)}")
         elif (found := list(store.shapes[name])) != list(shape):
             problems.append(f"{store.file_of(name)}: {name} is of shape {found}, expected {list(shape)}")
+        elif store.dtypes[name] not in FLOATS:
+            problems.append(
+                f"{store.file_of(name)}: {name} is of type {store.dtypes[name]}; {' '.join(FLOATS)} are read"
+            )
     for name in store.shapes:
-        if name not in expected and not name.endswith(tuple(ignore)):
+        if name not in expected and not (harmless and harmless.fullmatch(name)):
             problems.append(f"{store.file_of(name)} holds {name}, which is no tensor of this model")
     if problems:
         more = f", and {len(problems) - 1} more such tensors" if len(problems) > 1 else ""
