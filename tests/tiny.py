@@ -73,9 +73,10 @@ def letters():
         name="letters",
         vocab_size=VOCAB,
         eot_id=VOCAB - 1,
-        sha256="letters",
+        vocabulary={character: index for index, character in enumerate(characters)},
         encode_batch=lambda texts: [[characters.index(character) for character in text] for text in texts],
         decode=lambda ids: "".join([*characters, "<|endoftext|>"][i] for i in ids),
+        compute_sha256=lambda: "letters",
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megacocomix.data.binary import RAW_DTYPES
 from megacocomix.errors import UserError, run_cli
 from megacocomix.evaluation.eval_data import read_manifest
 from megacocomix.evaluation.harness import (
@@ -60,6 +61,8 @@ def parse() -> argparse.Namespace:
         help=f"their documents, by tools/fetch_eval_data.py (default {DEFAULT_DATA}); the others come from the hub",
     )
     tasks.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    for each in (perplexity, steering):
+        each.add_argument("--data-dtype", choices=RAW_DTYPES, help="type of the ids in a --data file without a header")
     for each in (perplexity, tasks):
         each.add_argument(
             "--all-checkpoints", action="store_true", help="every checkpoint of a run that is not done yet"
@@ -82,13 +85,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_perplexity(model: str, batch: int, data: str | None, all_checkpoints: bool, out: str | None) -> None:
+def measure_perplexity(
+    model: str, batch: int, data: str | None, data_dtype: str | None, all_checkpoints: bool, out: str | None
+) -> None:
     """Validation perplexity."""
 
     def measure(folder: Path) -> None:
-        result = earlier_evaluation(folder, data) if all_checkpoints else None
+        result = earlier_evaluation(folder, data, data_dtype) if all_checkpoints else None
         done = " (evaluated before)" if result else ""
-        result = result or evaluate_folder(folder, data, batch)
+        result = result or evaluate_folder(folder, data, batch, data_dtype)
         print(
             f"{folder}: valid loss {result['valid_loss']:.4f}, perplexity {result['valid_ppl']:.2f} over "
             f"{result['num_sequences']:,} windows of {result['context']} tokens of {result['data']}{done}"
@@ -142,6 +147,7 @@ def measure_tasks(
 def measure_steering(
     model: str,
     data: str | None,
+    data_dtype: str | None,
     teacher: str | None,
     sae: str | None,
     out: str | None,
@@ -156,7 +162,7 @@ def measure_steering(
     for name, read in (("concepts", steering_curve.parse_concepts), ("scales", steering_curve.parse_scales)):
         settings |= {name: read(settings[name])} if name in settings else {}
     curve = steering_curve.CurveSettings(steers_teacher=not no_teacher_steering, **settings)
-    result = steering_curve.measure_steering(model, curve, data, teacher, sae, out)
+    result = steering_curve.measure_steering(model, curve, data, data_dtype, teacher, sae, out)
     print("\n".join(table(result)))
     print(f"written to {result['file']}, and as a picture beside it")
 

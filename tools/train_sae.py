@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacocomix.config.schema import Location
+from megacocomix.data.binary import RAW_DTYPES
 from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, print_errors, run_cli
 from megacocomix.parallel.runtime import errors_on_all_ranks, start_runtime, stop_runtime
 from megacocomix.sae.job import SAEJob, SAERun, plot_sae_training
@@ -71,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="token shards to train on")
     parser.add_argument("--valid", metavar="DIR", help="token shards to measure on (default: 5 %% of --data)")
+    parser.add_argument("--data-dtype", choices=RAW_DTYPES, help="type of the ids in files without a header")
     parser.add_argument("--layer", required=True, type=int, metavar="L", help="block whose residual is read, from 0")
     parser.add_argument("--location", default="resid_post_mlp", choices=get_args(Location))
     parser.add_argument("--latents", required=True, type=int, metavar="C", help="number of latents (concepts)")

@@ -1,6 +1,8 @@
 """Opens a model folder of any kind: as a `Source`, read tensor by tensor, or as our model in memory."""
 
 import hashlib
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +11,7 @@ import torch
 
 from megacocomix.checkpoint.detect import Detected, detect
 from megacocomix.checkpoint.external.deepspeed import open_deepspeed
-from megacocomix.checkpoint.external.hf import hf_model_type, load_causal_lm, open_hf
+from megacocomix.checkpoint.external.hf import config_json, hf_model_type, load_causal_lm, open_hf
 from megacocomix.checkpoint.external.megatron import open_megatron
 from megacocomix.checkpoint.external.source import NO_HINTS, Hints, Source, check_tensors, parameter_shapes
 from megacocomix.checkpoint.format import CHECKPOINT_FILE, read_checkpoint_manifest
@@ -21,6 +23,12 @@ from megacocomix.data.tokenizer import folder_tokenizer
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
 from megacocomix.model.gpt2 import GPT2
+
+# Keys of config.json that change nothing in a forward pass in eval mode.
+RECORDS = re.compile(
+    r"_name_or_path|architectures|auto_map|transformers_version|(torch_)?dtype|use_cache|(bos|eos|pad)_token_id|"
+    r"initializer_range|summary_\w+|task_specific_params|\w+_pdrop|\w*dropout"
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # takes seconds, and few callers need it
@@ -100,6 +108,19 @@ def weights_sha256(path: str | Path | Detected) -> str:
         if len(hashes) == 1:
             return next(iter(hashes.values()))
     return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
+
+
+def architecture_sha256(path: str | Path | Detected) -> str:
+    """Identifies what the config beside a model's weights says about its computation: its number of heads, its
+    activation and so on. Raises UserError for a folder without a model."""
+    kind, path, _ = detect(path)
+    if kind == "hf":
+        values = {key: value for key, value in config_json(path).items() if not RECORDS.fullmatch(key)}
+    else:
+        source = open_source(path)
+        values = {"model": source.shape.model_dump(), "method": source.method.model_dump()}
+        del values["model"]["dropout"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def model_tokenizer(path: str | Path) -> str | None:

@@ -58,12 +58,16 @@ class TeacherConfig(Section):
 
 
 class DataConfig(Section):
-    """Token shards written by tools/prepare_data.py, or the reference's uint16 train.bin / val.bin."""
+    """Token shards written by tools/prepare_data.py, or token files of other projects."""
 
     train: str
-    """Training tokens."""
+    """Training tokens. Files of other projects: Megatron-LM's .bin with its .idx, llm.c's .bin, numpy's .npy, and ids
+    without a header, such as the reference's train.bin."""
     valid: str
     """Held-out tokens."""
+    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
+    """The type of the ids in files without a header. null: uint16, after the whole file was checked for ids that look
+    like those of another type."""
     tokenizer: str
     """gpt2 (shipped), a SentencePiece FILE.model, or a Hugging Face tokenizer folder. It must match the data's
     manifest."""

@@ -24,17 +24,15 @@ from megacocomix.files import write_json
 
 BATCH_CHARS = 2**18  # given to a worker at a time
 COMMIT_SECONDS = 10  # an interruption costs at most about this much work
-CHUNK_CHARS = 2**20  # longer documents are tokenised in chunks of about this size
-# A line end between two words: GPT-2's pre-tokeniser splits there too, so the chunks have the tokens of the whole.
-SPLIT_POINT = re.compile(r"(?<=\S)\n(?=\S)")
+CHUNK_CHARS = 2**20  # longer documents are tokenised in chunks of about this size, where the tokenizer allows it
 
 Chunk = tuple[str, tuple[str, bool]]  # text, (split, whether the chunk ends a document)
 
 
-def _batches(documents: Iterable[str], valid: float, done: int) -> Iterator[list[Chunk]]:
+def _batches(documents: Iterable[str], valid: float, cut: re.Pattern | None, done: int) -> Iterator[list[Chunk]]:
     """Chunks of documents in batches of about BATCH_CHARS, without the `done` first chunks."""
     batch, size = [], 0
-    for chunk in islice(_chunks(documents, valid), done, None):
+    for chunk in islice(_chunks(documents, valid, cut), done, None):
         batch.append(chunk)
         size += len(chunk[0])
         if size >= BATCH_CHARS:
@@ -44,11 +42,11 @@ def _batches(documents: Iterable[str], valid: float, done: int) -> Iterator[list
         yield batch
 
 
-def _chunks(documents: Iterable[str], valid: float) -> Iterator[Chunk]:
+def _chunks(documents: Iterable[str], valid: float, cut: re.Pattern | None) -> Iterator[Chunk]:
     for text in documents:
         split = "valid" if is_validation(text, valid) else "train"
         start = 0
-        while match := SPLIT_POINT.search(text, start + CHUNK_CHARS):
+        while match := cut and cut.search(text, start + CHUNK_CHARS):
             yield text[start : match.end()], (split, False)
             start = match.end()
         yield text[start:], (split, True)
@@ -94,7 +92,10 @@ def prepare_data(
     }
     splits = ["valid", "train"] if valid else ["train"]  # train's manifest is written last: then all is complete
     if (out / "train" / MANIFEST).exists():
-        _check_same(out, read_manifest(out / "train"), settings)
+        found = read_manifest(out / "train")
+        if found["tokenizer"]["sha256"] == vocabulary.vocabulary_sha256:  # recorded by an earlier version
+            settings["tokenizer"]["sha256"] = found["tokenizer"]["sha256"]
+        _check_same(out, found, settings)
         for split in splits:
             TokenShards.open(out / split)
         shutil.rmtree(out / ".partial", ignore_errors=True)  # left if killed after the last manifest was written
@@ -103,7 +104,7 @@ def prepare_data(
         with _lock(out):
             state = _restore(out, settings, splits)
             with closing(read_documents(sources, field)) as documents:
-                batches = _batches(documents, valid, state["chunks"])
+                batches = _batches(documents, valid, vocabulary.cut, state["chunks"])
                 with closing(encode_in_parallel(tokenizer, batches, workers)) as encoded:
                     return _write(out, state, encoded), False
     except OSError as error:

@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -20,11 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from megacocomix.data.tokenizer_identity import fast_sha256, files_sha256, sentencepiece_sha256, vocabulary_sha256
 from megacocomix.errors import UserError
 from megacocomix.files import check_absent, write_aside, write_json
 
@@ -38,9 +41,19 @@ GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+# A line end between two words: GPT-2's pre-tokeniser splits there too.
+LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
+# In the tokenizer_config.json of a converted SentencePiece model: its hash, and the hash of what it became.
+CONVERTED_FROM = "converted_from"
 # SentencePiece's symbol for a space. If a text really contains this character, it is encoded as its bytes
 # (_encode_sentencepiece).
 SPACE_SYMBOL = "\u2581"
+# Texts that show whether two tokenizers prepare a text alike: blanks, line ends, letters that a normaliser changes,
+# letters and symbols without a token.
+PROBES = (
+    "word", " two  blanks  ", "line\nline\n\n line", "tab\tand\r\n", "ﬁ Ａ ½ e\u0301 é ß İ",
+    "Ünïcödé 漢字 🙂👩\u200d👧 \x00", "x = [1, 22, 333];  // it's 50,000.00 %", "", " ", "\n",
+)  # fmt: skip
 # SentencePiece trains on text in memory. 4 M lines are a few GB; more lines change a vocabulary little.
 MAX_TRAINING_LINES = 4_000_000
 
@@ -49,16 +62,32 @@ MAX_TRAINING_LINES = 4_000_000
 class Tokenizer:
     """Text to ids and back.
 
-    `sha256` identifies the vocabulary (each id with its token), not its files: our GPT-2 and a Hugging Face folder of
-    GPT-2 have the same. `eot_id` ends every document. All ids are < `vocab_size`.
+    `eot_id` ends every document. All ids are < `vocab_size`.
     """
 
     name: str
     vocab_size: int
     eot_id: int
-    sha256: str
+    vocabulary: dict[str, int]
     encode_batch: Callable[[list[str]], list[list[int]]]
     decode: Callable[[Sequence[int]], str]
+    compute_sha256: Callable[[], str]
+    cut: re.Pattern | None = None
+    """Where a long text may be cut into parts that have the ids of the whole; None if no such place is known."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identifies all that decides which ids a text gets: see tokenizer_identity.py."""
+        return self.compute_sha256()
+
+    @cached_property
+    def vocabulary_sha256(self) -> str:
+        """What earlier versions recorded as sha256."""
+        return vocabulary_sha256(self.vocabulary)
+
+    def is_recorded_as(self, sha256: str | None) -> bool:
+        """Whether a hash that something was made with, or an earlier version recorded, is this tokenizer's."""
+        return sha256 in (self.sha256, self.vocabulary_sha256)
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
@@ -95,20 +124,16 @@ def folder_tokenizer(folder: Path) -> str | None:
     return str(folder / "tokenizer.model") if (folder / "tokenizer.model").is_file() else None
 
 
-def tokenizer_mismatches(*holders: tuple[str, str | None]) -> list[str]:
-    """One error line for each holder whose tokenizer differs from the first's. A holder is a name for the error, such
-    as `data.train data/wiki`, and the SHA-256 of its tokenizer, None if unknown."""
-    (first, expected), *others = holders
+def tokenizer_mismatches(first: tuple[str, Tokenizer | None], *others: tuple[str, Tokenizer | str | None]) -> list[str]:
+    """One error line for each of `others` whose tokenizer differs from the first's. Each is a name for the error, such
+    as `data.train data/wiki`, and its tokenizer or a recorded hash of it, None if unknown."""
+    name, expected = first
+    found = {other: each.sha256 if isinstance(each, Tokenizer) else each for other, each in others}
     return [
-        f"{name} has another tokenizer ({found}) than {first} ({expected}): both must read the same tokens."
-        for name, found in others
-        if expected is not None and found not in (None, expected)
+        f"{other} has another tokenizer ({sha256}) than {name} ({expected.sha256}): both must read the same tokens."
+        for other, sha256 in found.items()
+        if expected and sha256 and not expected.is_recorded_as(sha256)
     ]
-
-
-def _vocabulary_sha256(tokens: dict[str, int]) -> str:
-    pairs = sorted((token_id, token) for token, token_id in tokens.items())
-    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def _load_gpt2(folder: Path) -> Tokenizer:
@@ -127,9 +152,11 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         name="gpt2",
         vocab_size=fast.get_vocab_size(),
         eot_id=fast.token_to_id(END_OF_TEXT),
-        sha256=_vocabulary_sha256(fast.get_vocab()),
+        vocabulary=fast.get_vocab(),
         encode_batch=lambda texts: [encoding.ids for encoding in fast.encode_batch(texts)],
         decode=lambda ids: fast.decode([int(i) for i in ids], skip_special_tokens=False),
+        compute_sha256=lambda: fast_sha256(fast),
+        cut=LINE_END,
     )
 
 
@@ -160,17 +187,37 @@ def load_hf_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 def _load_hugging_face(folder: Path) -> Tokenizer:
     hf = load_hf_tokenizer(folder)
-    vocabulary = hf.get_vocab()
+    vocabulary, fast = hf.get_vocab(), getattr(hf, "backend_tokenizer", None)
+    if fast and getattr(fast.model, "dropout", None):
+        raise UserError(f"tokenizer {folder} merges at random (dropout {fast.model.dropout}): a text has no fixed ids.")
+
+    def identity() -> str:
+        if not fast:
+            files = {name: file.read_bytes() for name, file in tokenizer_files(folder).items()}
+            return files_sha256(type(hf).__name__, vocabulary, files)
+        sha256, origin = fast_sha256(fast), hf.init_kwargs.get(CONVERTED_FROM) or {}
+        return origin["sha256"] if origin.get("became") == sha256 else sha256
+
     # verbose=False: no warning about documents longer than the model's context, which are common in pretraining data.
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return Tokenizer(
         name=folder.resolve().name,
         vocab_size=max(vocabulary.values()) + 1,
         eot_id=hf.eos_token_id,
-        sha256=_vocabulary_sha256(vocabulary),
+        vocabulary=vocabulary,
         encode_batch=lambda texts: hf(texts, **options)["input_ids"] if texts else [],
         decode=lambda ids: hf.decode([int(i) for i in ids], clean_up_tokenization_spaces=False),
+        compute_sha256=identity,
+        cut=LINE_END if fast and _splits_as_gpt2(fast) else None,
     )
+
+
+def _splits_as_gpt2(fast) -> bool:
+    """Whether a tokenizer of the `tokenizers` library splits a text as GPT-2's does, before any token is looked for."""
+    state = json.loads(fast.to_str())
+    splitter = state["pre_tokenizer"] or {}
+    is_gpt2s = splitter.get("type") == "ByteLevel" and splitter["use_regex"] and not splitter["add_prefix_space"]
+    return is_gpt2s and not state["normalizer"] and all(token["special"] for token in state["added_tokens"])
 
 
 def _load_sentencepiece(path: Path) -> Tokenizer:
@@ -183,20 +230,35 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
     if processor.eos_id() < 0:
         raise UserError(f"tokenizer {path} has no end-of-text token: train it with an eos token.")
     vocabulary = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+    model = processor.serialized_model_proto()
+    is_lossless = _is_lossless(model)
     return Tokenizer(
         name=path.stem,
         vocab_size=processor.vocab_size(),
         eot_id=processor.eos_id(),
-        sha256=_vocabulary_sha256(vocabulary),
-        encode_batch=functools.partial(_encode_sentencepiece, processor),
+        vocabulary=vocabulary,
+        encode_batch=functools.partial(_encode_sentencepiece, processor, is_lossless),
         decode=lambda ids: processor.decode([int(i) for i in ids]),
+        compute_sha256=lambda: sentencepiece_sha256(model),
+        # Our own have no piece with a line end, so no token crosses one.
+        cut=LINE_END if is_lossless and not any("\n" in piece for piece in vocabulary) else None,
     )
 
 
-def _encode_sentencepiece(processor, texts: list[str]) -> list[list[int]]:
+def _is_lossless(model: bytes) -> bool:
+    """Whether a SentencePiece model leaves a text as it is, as those of `train_sentencepiece` do."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto.FromString(model)
+    rules, kind = proto.normalizer_spec, proto.trainer_spec
+    changes = rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces
+    return not changes and rules.escape_whitespaces and not kind.treat_whitespace_as_suffix and kind.byte_fallback
+
+
+def _encode_sentencepiece(processor, is_lossless: bool, texts: list[str]) -> list[list[int]]:
     encoded = processor.encode(texts, num_threads=1)
-    symbol_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
-    if all(processor.is_byte(i) for i in symbol_bytes):
+    if is_lossless:
+        symbol_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         for index, text in enumerate(texts):
             if SPACE_SYMBOL in text:  # encoded as bytes, because its token would be decoded as a space
                 first, *rest = processor.encode(text.split(SPACE_SYMBOL), num_threads=1)
@@ -322,7 +384,8 @@ def _training_problem(message: str, vocab_size: int) -> str:
 
 
 def export_tokenizer(spec: str, out: Path) -> None:
-    """Copy the files of the tokenizer named by `spec` into the folder `out`, and write those that are missing.
+    """Copy the files of the tokenizer named by `spec` into the folder `out`, and write those that are missing. Raises
+    UserError for a SentencePiece model that transformers' tokenizer does not reproduce, such as one with a normaliser.
 
     Padding is the end of text, on the left, as generation needs it. A text that spells out a special token gets that
     token's id, as is usual in transformers.
@@ -338,6 +401,16 @@ def export_tokenizer(spec: str, out: Path) -> None:
     settings |= {"bos_token": settings["eos_token"], "pad_token": settings["eos_token"], "padding_side": "left"}
     settings["model_input_names"] = ["input_ids", "attention_mask"]  # `generate(**tokens)` takes no token types
     write_json(out / "tokenizer_config.json", settings)
+    if spec != "gpt2":
+        ours, theirs = load_tokenizer(spec), load_tokenizer(out)
+        for text in PROBES:
+            if ours.encode_batch([text]) != theirs.encode_batch([text]):
+                raise UserError(
+                    f"tokenizer {spec} cannot be converted to tokenizer.json: {text!r} would get other ids. Give the "
+                    "Hugging Face folder of this tokenizer."
+                )
+        settings[CONVERTED_FROM] = {"sha256": ours.sha256, "became": theirs.sha256}
+        write_json(out / "tokenizer_config.json", settings)
 
 
 def _convert_sentencepiece(out: Path) -> dict[str, str]:

@@ -1,97 +1,94 @@
 """Token shards on disk and the fixed windows that training reads from them.
 
 A split of a data set is a folder with `manifest.json` and `shard-00000.bin`, `shard-00001.bin`, … of little-endian
-uint16 or uint32 ids. Each document is followed by the end-of-text id. Two external kinds are read in place: the
-published reference code's `train.bin` / `val.bin` (raw uint16 ids of GPT-2), and a Megatron `.bin` with its `.idx`
-beside it. Everything is memory-mapped; no index is built, at any size.
+uint16 or uint32 ids. Each document is followed by the end-of-text id. Files of other projects are read in place (see
+binary.py). Everything is memory-mapped.
 """
 
 import hashlib
 import json
 import os
-import struct
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from megacocomix.data.binary import Binary, open_binary
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256, read_json, write_json
 
 FORMAT, VERSION = "megacocomix-tokens", 1
 MANIFEST = "manifest.json"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
-MEGATRON_DTYPES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # Megatron's codes of the types that hold token ids
 MEBIBYTE = 2**20
 
 
 class TokenShards:
-    """The tokens of one split as one long sequence.
+    """The tokens of one split as one long sequence of segments: whole shards, or parts of another project's file.
 
-    `vocab_size` and `tokenizer_sha256` are None for the external kinds, which do not record them. `fingerprint`
-    identifies the content, not the path. For shards it is a hash of their recorded SHA-256s; for an external .bin it is
-    a hash of its size and of its first and last MiB.
+    `fingerprint` identifies the content, not the path: a hash of the shards' recorded SHA-256s, or of a whole file.
+    `vocab_size`, `tokenizer_sha256` and `eot_id` are None for a file of another project, which does not record them;
+    `binary` describes such a file.
     """
 
     def __init__(
         self,
-        files: Sequence[tuple[Path, int]],
-        dtype: np.dtype,
+        files: Sequence[np.ndarray],
+        file_of: np.ndarray,
+        firsts: np.ndarray,
+        lengths: np.ndarray,
         fingerprint: str,
-        vocab_size: int | None = None,
-        tokenizer_sha256: str | None = None,
+        manifest: dict | None = None,
+        binary: Binary | None = None,
     ):
-        self.fingerprint = fingerprint
-        self.vocab_size = vocab_size
-        self.tokenizer_sha256 = tokenizer_sha256
-        for file, num_tokens in files:
-            expected = num_tokens * dtype.itemsize
-            if not file.is_file():
-                raise UserError(f"{file} is missing: the manifest lists it with {expected} bytes.")
-            if (found := file.stat().st_size) != expected:
-                raise UserError(f"{file} has {found} bytes, expected {expected}: copy or prepare the data again.")
-        self._shards = [np.memmap(file, dtype=dtype, mode="r", shape=(count,)) for file, count in files]
-        self._starts = [0, *accumulate(count for _, count in files)]
+        """Segment i is the `lengths[i]` ids from place `firsts[i]` on of `files[file_of[i]]`."""
+        self.fingerprint, self.binary = fingerprint, binary
+        self.vocab_size = manifest and manifest["vocab_size"]
+        self.tokenizer_sha256 = manifest and manifest["tokenizer"]["sha256"]
+        self.eot_id = manifest and manifest["tokenizer"].get("eot_id")
+        self._files, self._file_of, self._firsts = files, file_of, firsts
+        self._starts = np.append(0, np.cumsum(lengths))
 
     @classmethod
-    def open(cls, path: str | Path, verify: bool = False) -> "TokenShards":
-        """The split at `path`: a folder with a manifest, or one external .bin file.
+    def open(cls, path: str | Path, dtype: str | None = None, verify: bool = False) -> "TokenShards":
+        """The split at `path`: a folder with a manifest, or a file of another project; `dtype` is the type of ids in a
+        file without a header (data.dtype).
 
-        Checks the size of every file. `verify` also compares the SHA-256 of every shard with the manifest (an external
-        .bin has none). Raises UserError that names the file and what is wrong with it.
+        Checks the size of every shard. `verify` also compares the SHA-256 of every shard with the manifest. A file of
+        another project is read whole, once. Raises UserError that names the file and what is wrong with it.
         """
         path = Path(path)
         if path.is_file():
-            return cls._open_bin(path)
+            binary = open_binary(path, dtype)
+            file_of = np.zeros(len(binary.starts), int)
+            return cls([binary.ids()], file_of, binary.starts, binary.lengths, binary.fingerprint, binary=binary)
         manifest = read_manifest(path)
         files = [(path / shard["file"], shard["num_tokens"]) for shard in manifest["shards"]]
-        dtype, tokenizer_sha256 = manifest["dtype"], manifest["tokenizer"]["sha256"]
+        dtype_name, tokenizer_sha256 = manifest["dtype"], manifest["tokenizer"]["sha256"]
         hashes = [shard["sha256"] for shard in manifest["shards"]]
-        fingerprint = hashlib.sha256(json.dumps([dtype, tokenizer_sha256, hashes]).encode()).hexdigest()
-        shards = cls(files, DTYPES[dtype], fingerprint, manifest["vocab_size"], tokenizer_sha256)
+        fingerprint = hashlib.sha256(json.dumps([dtype_name, tokenizer_sha256, hashes]).encode()).hexdigest()
+        shards = [_map_shard(file, count, DTYPES[dtype_name]) for file, count in files]
         if verify:
             for (file, _), expected in zip(files, hashes, strict=True):
                 if file_sha256(file) != expected:
                     raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's.")
-        return shards
+        lengths = np.array([count for _, count in files])
+        return cls(shards, np.arange(len(shards)), np.zeros_like(lengths), lengths, fingerprint, manifest)
 
-    @classmethod
-    def _open_bin(cls, path: Path) -> "TokenShards":
-        dtype = _bin_dtype(path)
-        size = path.stat().st_size
-        if path.suffix != ".bin" or size == 0 or size % dtype.itemsize:
-            raise UserError(
-                f"{path} ({size} bytes) is not a token file: expected a folder made by tools/prepare_data.py "
-                f"or a .bin of {dtype.itemsize}-byte token ids."
-            )
-        return cls([(path, size // dtype.itemsize)], dtype, file_fingerprint(path))
+    @cached_property
+    def former_fingerprint(self) -> str:
+        """The fingerprint in the form of earlier versions, which runs and label caches may have recorded: for a file of
+        another project, of its size and its first and last MiB."""
+        return file_fingerprint(self.binary.path) if self.binary else self.fingerprint
+
+    def fingerprint_as(self, recorded: str | None) -> str:
+        """The fingerprint to compare with a recorded one."""
+        return recorded if recorded and recorded == self.former_fingerprint else self.fingerprint
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return int(self._starts[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens `start` … `start + count` as int64 [count], across shard boundaries."""
@@ -100,9 +97,10 @@ class TokenShards:
         tokens = np.empty(count, dtype=np.int64)
         filled = 0
         while filled < count:
-            shard = bisect_right(self._starts, start + filled) - 1
-            offset = start + filled - self._starts[shard]
-            found = self._shards[shard][offset : offset + count - filled]
+            segment = np.searchsorted(self._starts, start + filled, side="right") - 1
+            place = self._firsts[segment] + start + filled - self._starts[segment]
+            fitting = min(count - filled, self._starts[segment + 1] - start - filled)
+            found = self._files[self._file_of[segment]][place : place + fitting]
             tokens[filled : filled + found.size] = found
             filled += found.size
         return tokens
@@ -228,6 +226,15 @@ class ShardWriter:
         self.hashes.append(file_sha256(self._path()))
 
 
+def _map_shard(file: Path, num_tokens: int, dtype: np.dtype) -> np.ndarray:
+    expected = num_tokens * dtype.itemsize
+    if not file.is_file():
+        raise UserError(f"{file} is missing: the manifest lists it with {expected} bytes.")
+    if (found := file.stat().st_size) != expected:
+        raise UserError(f"{file} has {found} bytes, expected {expected}: copy or prepare the data again.")
+    return np.memmap(file, dtype=dtype, mode="r", shape=(num_tokens,))
+
+
 def _shard_name(index: int) -> str:
     return f"shard-{index:05d}.bin"
 
@@ -264,19 +271,6 @@ def file_fingerprint(path: Path) -> str:
         head = file.read(MEBIBYTE)
         file.seek(max(0, size - MEBIBYTE))
         return hashlib.sha256(b"%d\n" % size + head + file.read()).hexdigest()
-
-
-def _bin_dtype(path: Path) -> np.dtype:
-    """uint16 for a plain .bin; the dtype in the header of Megatron's .idx if there is one beside it."""
-    index = path.with_suffix(".idx")
-    if not index.is_file():
-        return DTYPES["uint16"]
-    with open(index, "rb") as file:
-        header = file.read(len(MEGATRON_MAGIC) + 9)
-    code = header[-1] if header.startswith(MEGATRON_MAGIC + struct.pack("<Q", 1)) else None
-    if code not in MEGATRON_DTYPES:
-        raise UserError(f"{index} is not a Megatron index of token ids that this version can read.")
-    return MEGATRON_DTYPES[code]
 
 
 def check_token_ids(tokens, vocab_size: int, source: str | Path) -> None:

@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 from megacocomix.checkpoint.format import checkpoint_step, list_checkpoints, read_checkpoint_manifest
 from megacocomix.checkpoint.open import weights_sha256
+from megacocomix.config.load import build_config
+from megacocomix.config.schema import Config
+from megacocomix.data.check import check_tokens
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.files import write_json
@@ -48,8 +51,9 @@ def perplexity(loss: float) -> float:
     return exp(loss) if loss < 700 else inf
 
 
-def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
+def evaluate_folder(folder: str | Path, data: str | None, batch: int, dtype: str | None = None) -> dict:
     """Validation loss of the model in `folder` over all windows of `data` (default: its config's data.valid), in fp32.
+    `dtype` is the type of ids in a file without a header.
 
     For a checkpoint in its run the result is also written to RUN/evals/, and the path of that file is under `file`.
     """
@@ -58,12 +62,9 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
     from megacocomix.hf.open import open_model  # imported here: transformers would add seconds to every training
 
     opened = open_model(folder)
-    if data is None and opened.config is None:
-        raise UserError(f"{folder} does not record what it was validated on: give --data PATH.")
-    data = data or opened.config.data.valid
-    shards, vocab_size = TokenShards.open(data), opened.model.config.vocab_size
-    if shards.vocab_size and shards.vocab_size > vocab_size:
-        raise UserError(f"{data} has a vocabulary of {shards.vocab_size}, {folder} one of {vocab_size}.")
+    shards, data = open_held_out(opened.path, opened.config, data, dtype)
+    vocab_size = opened.model.config.vocab_size
+    check_tokens(data, shards, vocab_size)
     dataset = TokenDataset(shards, opened.context, None)
     total = 0.0
     with torch.no_grad(), tqdm(total=dataset.num_windows, unit="window", desc="evaluating", disable=None) as progress:
@@ -91,11 +92,21 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int) -> dict:
     return result
 
 
-def earlier_evaluation(checkpoint: Path, data: str | None) -> dict | None:
+def open_held_out(model: Path, config: Config | None, data: str | None, dtype: str | None) -> tuple[TokenShards, str]:
+    """The tokens to measure a model on, and their path: `data`, or data.valid of its run's config. `dtype` is the type
+    of ids in a file without a header. Raises UserError."""
+    if data is None and config is None:
+        raise UserError(f"{model} does not record what it was validated on: give --data PATH.")
+    if data is None:
+        data, dtype = config.data.valid, dtype or config.data.dtype
+    return TokenShards.open(data, dtype), data
+
+
+def earlier_evaluation(checkpoint: Path, data: str | None, dtype: str | None = None) -> dict | None:
     """The result of `evaluate_folder` for the same weights and windows of a checkpoint in its run; None if there is
     none."""
-    data = data or read_checkpoint_manifest(checkpoint)["config"]["data"]["valid"]
-    shards = TokenShards.open(data)
+    config = build_config(read_checkpoint_manifest(checkpoint)["config"], str(checkpoint))
+    shards, _ = open_held_out(checkpoint, config, data, dtype)
     file = _result_file(checkpoint, shards)
     try:
         result = dict(json.loads(file.read_bytes()))

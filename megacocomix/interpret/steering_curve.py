@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from megacocomix.checkpoint.format import checkpoint_step
 from megacocomix.compare.plots import save
-from megacocomix.data.tokenizer import tokenizer_mismatches
-from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
+from megacocomix.data.check import check_tokens
+from megacocomix.data.tokens import TokenDataset, check_token_ids
 from megacocomix.errors import UserError
+from megacocomix.evaluation.perplexity import open_held_out
 from megacocomix.files import check_absent, write_json
 from megacocomix.hf.open import OpenModel, check_mixes_concepts, open_model
 from megacocomix.interpret.concepts import promoted_tokens
@@ -99,11 +100,13 @@ def measure_steering(
     folder: str | Path,
     settings: CurveSettings,
     data: str | None = None,
+    data_dtype: str | None = None,
     teacher: str | None = None,
     sae: str | None = None,
     out: str | None = None,
 ) -> dict:
-    """Steer the model in `folder` on prompts from `data` (default: its config's data.valid). The judge is the teacher
+    """Steer the model in `folder` on prompts from `data` (default: its config's data.valid; `data_dtype` is the type of
+    ids in a file without a header). The judge is the teacher
     of its config, or `teacher` and `sae`. Returns the content of the JSON file, and `file`, its path. FILE.png and
     FILE.svg are written beside it. Raises UserError.
 
@@ -118,13 +121,8 @@ def measure_steering(
     if source is None:
         raise UserError(f"{student.path} has no teacher to judge its texts: give --teacher DIR --sae FILE.")
     _check_length(student, source, settings)
-    data = data or (student.config.data.valid if student.config else None)
-    if data is None:
-        raise UserError(f"{student.path} does not record what it was validated on: give --data PATH.")
-    shards = TokenShards.open(data)
-    holders = (str(student.path), student.tokenizer.sha256), (data, shards.tokenizer_sha256)
-    if problems := tokenizer_mismatches(*holders):
-        raise UserError(*problems)
+    shards, data = open_held_out(student.path, student.config, data, data_dtype)
+    check_tokens(data, shards, student.model.config.vocab_size, (str(student.path), student.tokenizer))
     dataset = TokenDataset(shards, student.context, None)
     if settings.prompts > dataset.num_windows:
         raise UserError(

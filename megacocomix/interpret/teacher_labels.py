@@ -91,8 +91,8 @@ def _open_files(student: OpenModel, model: str, file: str) -> TeacherLabels:
         )
     theirs = teacher_tokenizer(model)
     problems += tokenizer_mismatches(
-        (str(student.path), student.tokenizer.sha256),
-        (f"--teacher {model}", theirs and theirs.sha256),
+        (str(student.path), student.tokenizer),
+        (f"--teacher {model}", theirs),
         (f"--sae {file}", sae.info.get("tokenizer_sha256")),
     )
     if problems:

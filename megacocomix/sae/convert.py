@@ -147,7 +147,7 @@ def _read_tokens(job: SAEConversion, context: int) -> tuple[Tensor, str]:
     if tokenizer is None:
         raise UserError(f"--teacher {job.teacher} has no tokenizer: give --tokenizer, as data.tokenizer.")
     if problems := tokenizer_mismatches(
-        (f"--teacher {job.teacher}", theirs and theirs.sha256), (f"--tokenizer {job.tokenizer}", tokenizer.sha256)
+        (f"--teacher {job.teacher}", theirs), (f"--tokenizer {job.tokenizer}", tokenizer)
     ):
         raise UserError(*problems)
     ids: list[int] = []

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megacocomix.config.schema import Location
-from megacocomix.data.tokenizer import tokenizer_mismatches
+from megacocomix.data.check import check_tokens
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.files import check_absent, write_aside, write_text
@@ -64,6 +64,7 @@ class SAEJob:
     seed: int
     save_every: int
     resample_every: int | None
+    data_dtype: str | None = None
 
     @property
     def log(self) -> Path:
@@ -98,10 +99,6 @@ class SAERun:
             print(f"{job.log} is of a run without {job.resume}: training starts again", flush=True)
         self.teacher = load_teacher(job.teacher, job.layer, job.location, device)
         self.train_windows, self.positions, self.valid_windows, self.valid_positions = _split(job, self.teacher)
-        theirs, data = teacher_tokenizer(job.teacher), self.train_windows.shards.tokenizer_sha256
-        holders = (f"--teacher {job.teacher}", theirs and theirs.sha256), (f"--data {job.data}", data)
-        if problems := tokenizer_mismatches(*holders):
-            raise UserError(*problems)
         settings = _choose_settings(job, self.teacher)
         if rank == 0:
             _print_settings(job, self.teacher, settings)
@@ -224,10 +221,10 @@ class SAERun:
 
 def _split(job: SAEJob, teacher: Teacher) -> tuple[TokenDataset, range, TokenDataset, range]:
     """Training windows and held-out windows, each as a dataset and the positions to read from it."""
-    train = _open_windows(job.data, teacher, job.seed)
+    train = _open_windows(job.data, job, teacher, job.seed)
     wanted = math.ceil(HELD_OUT_TOKENS / teacher.context)
     if job.valid:
-        valid = _open_windows(job.valid, teacher, None)
+        valid = _open_windows(job.valid, job, teacher, None)
         return train, range(train.num_windows), valid, range(min(wanted, valid.num_windows))
     # The first epoch's order is random, so its last windows are a sample of the data. Training repeats the others.
     num_held_out = min(wanted, max(1, int(HELD_OUT_SHARE * train.num_windows)))
@@ -237,10 +234,9 @@ def _split(job: SAEJob, teacher: Teacher) -> tuple[TokenDataset, range, TokenDat
     return train, range(num_train), train, range(num_train, train.num_windows)
 
 
-def _open_windows(path: str, teacher: Teacher, seed: int | None) -> TokenDataset:
-    shards = TokenShards.open(path)
-    if shards.vocab_size is not None and shards.vocab_size > teacher.vocab_size:
-        raise UserError(f"{path} has a vocabulary of {shards.vocab_size}, but the teacher's is {teacher.vocab_size}.")
+def _open_windows(path: str, job: SAEJob, teacher: Teacher, seed: int | None) -> TokenDataset:
+    shards = TokenShards.open(path, job.data_dtype)
+    check_tokens(path, shards, teacher.vocab_size, (f"--teacher {job.teacher}", teacher_tokenizer(job.teacher)))
     return TokenDataset(shards, teacher.context, seed)
 
 

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
 
@@ -54,6 +54,10 @@ class CacheManifest:
     """The largest number of tokens that the teacher reads."""
     flops_per_token: float
     """The cost of labelling."""
+    teacher_config: str = ""
+    """Hash of the settings of the teacher's architecture. Earlier versions did not record it."""
+    former_data: str = field(default="", compare=False)
+    """What `data` was in earlier versions. It is compared, not recorded."""
 
     @property
     def num_labels(self) -> int:
@@ -83,8 +87,10 @@ class CacheManifest:
         """Yields an error line for each difference between this cache, in `folder`, and the wanted one, `other`."""
         for name, what in (("data", "data.train"), ("teacher", "teacher.model"), ("sae", "teacher.sae")):
             there, here = getattr(self, name), getattr(other, name)
-            if there != here:
+            if there != here and not (name == "data" and there == other.former_data):
                 yield f"label cache {folder} is stale: {what} had the hash {there[:16]}…, now it has {here[:16]}…."
+        if self.teacher_config and self.teacher_config != other.teacher_config:
+            yield f"label cache {folder} is stale: the config of teacher.model has changed since."
         there = {**self.settings, "window": self.context, "concepts": self.num_concepts}
         here = {**other.settings, "window": other.context, "concepts": other.num_concepts}
         changed = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
@@ -184,7 +190,9 @@ def start_cache(folder: Path, manifest: CacheManifest) -> CacheManifest:
         elif others := sorted(file.name for file in folder.iterdir() if file.name != ".lock"):
             raise UserError(f"--out {folder} holds other files, such as {others[0]}: choose an empty folder.")
         else:
-            write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **asdict(manifest)})
+            values = asdict(manifest)
+            del values["former_data"]
+            write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **values})
     return read_manifest(folder)
 
 

@@ -9,7 +9,8 @@ import torch
 from tqdm import tqdm
 
 from megacocomix.config.schema import Config
-from megacocomix.data.tokenizer import load_tokenizer, tokenizer_mismatches
+from megacocomix.data.check import check_tokens
+from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.hub import local_folder
@@ -49,10 +50,9 @@ def label_all(config: Config, out: Path, device: torch.device, rank: int = 0, wo
     if not config.method.learns_concepts:
         raise UserError(f"method.name {config.method.name} has no concepts to label. Use method.name=cocomix.")
     tokenizer = load_tokenizer(config.data.tokenizer)
-    train = TokenDataset(TokenShards.open(config.data.train, verify=rank == 0), config.model.context, None)
-    data_holder = f"data.train {config.data.train}", train.shards.tokenizer_sha256
-    if problems := tokenizer_mismatches((f"data.tokenizer {config.data.tokenizer}", tokenizer.sha256), data_holder):
-        raise UserError(*problems)
+    shards = TokenShards.open(config.data.train, config.data.dtype, verify=rank == 0)
+    check_tokens(f"data.train {config.data.train}", shards, config.model.vocab_size, (config.data.tokenizer, tokenizer))
+    train = TokenDataset(shards, config.model.context, None)
     local_folder(config.teacher.model, download=True)  # of several processes one downloads, the others wait
     labeler = open_labeler(config, device, tokenizer.eot_id)
     report = LabelReport(num_windows=train.num_windows)

@@ -200,7 +200,7 @@ def _tokenizer_problems(config: Config, sae: SAE | None = None):
     except UserError:
         return  # reported when the data is opened
     theirs = teacher_tokenizer(config.teacher.model)
-    holders = [(f"teacher.model {config.teacher.model}", theirs and theirs.sha256)]
+    holders = [(f"teacher.model {config.teacher.model}", theirs)]
     if sae:
         holders.append((f"teacher.sae {config.teacher.sae}", sae.info.get("tokenizer_sha256")))
-    yield from tokenizer_mismatches((f"data.tokenizer {config.data.tokenizer}", student.sha256), *holders)
+    yield from tokenizer_mismatches((f"data.tokenizer {config.data.tokenizer}", student), *holders)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megacocomix.checkpoint.open import weights_sha256
+from megacocomix.checkpoint.open import architecture_sha256, weights_sha256
 from megacocomix.config.method import MethodConfig
 from megacocomix.config.schema import Config
 from megacocomix.data.tokens import TokenDataset
@@ -75,7 +75,9 @@ def open_labels(config: Config, device: torch.device, eot_id: int, train: TokenD
     wanted = replace(
         found,
         data=train.shards.fingerprint,
+        former_data=train.shards.former_fingerprint,
         teacher=weights_sha256(local_folder(config.teacher.model)),
+        teacher_config=architecture_sha256(local_folder(config.teacher.model)),
         sae=file_sha256(config.teacher.sae),
         settings=asdict(label_settings(config, found.teacher_context, eot_id)),
         context=train.context,
@@ -92,7 +94,9 @@ def wanted_cache(config: Config, labeler: ConceptLabeler, train: TokenDataset) -
     """The manifest of a cache of all training windows of a run, made by its labeler."""
     return CacheManifest(
         data=train.shards.fingerprint,
+        former_data=train.shards.former_fingerprint,
         teacher=labeler.teacher.sha256,
+        teacher_config=architecture_sha256(local_folder(config.teacher.model)),
         sae=labeler.sae.sha256,
         settings=asdict(labeler.settings),
         context=train.context,
@@ -156,6 +160,8 @@ class TargetSource:
     labels: ConceptLabels | None
     teacher: Teacher | None
     """For hidden states and outputs."""
+    teacher_config: str
+    """Hash of the settings of the teacher's architecture."""
 
     def __call__(self, windows: Sequence[int], tokens_NT: Tensor) -> TeacherTargets:
         """The targets of these windows of the data, whose tokens are int64 [N, T], on their device."""
@@ -217,9 +223,9 @@ class TargetSource:
 
     def identity(self) -> dict[str, str]:
         """Hashes of teacher and autoencoder."""
-        if not self.labels:
-            return {"teacher.model": self.teacher.sha256}
-        return {"teacher.model": self.labels.teacher_sha256, "teacher.sae": self.labels.sae_sha256}
+        found = {"teacher.model": self.labels.teacher_sha256 if self.labels else self.teacher.sha256}
+        found["teacher.model's config"] = self.teacher_config
+        return found | ({"teacher.sae": self.labels.sae_sha256} if self.labels else {})
 
     @property
     def _every(self) -> int:
@@ -241,7 +247,8 @@ def open_targets(config: Config, device: torch.device, eot_id: int, train: Token
         # The labeler has a teacher already.
         labeler = labels.labeler if labels else None
         teacher = labeler.teacher if labeler else open_teacher(config, device)
-    return TargetSource(method, config.model.context, labels, teacher)
+    architecture = architecture_sha256(local_folder(config.teacher.model))
+    return TargetSource(method, config.model.context, labels, teacher, architecture)
 
 
 def describe_targets(config: Config, source: TargetSource, student_flops: float, num_windows: int) -> str:

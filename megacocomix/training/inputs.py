@@ -8,7 +8,8 @@ import torch
 from megacocomix.checkpoint.external.source import Source
 from megacocomix.checkpoint.init_from import open_init
 from megacocomix.config.schema import Config
-from megacocomix.data.tokenizer import load_tokenizer, tokenizer_mismatches
+from megacocomix.data.check import token_problems
+from megacocomix.data.tokenizer import load_tokenizer
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.evaluation.harness import parse_tasks
@@ -37,6 +38,12 @@ class Inputs:
             found["training.init_from"] = self.init.sha256
         return found
 
+    def changed(self, recorded: dict[str, str]) -> list[str]:
+        """The inputs that have another identity than recorded. Those that only one side knows are not compared."""
+        splits = {"data.train": self.train.shards, "data.valid": self.valid.shards}
+        now = self.identity() | {key: each.fingerprint_as(recorded.get(key)) for key, each in splits.items()}
+        return [key for key in sorted(recorded) if recorded[key] != now.get(key, recorded[key])]
+
 
 def open_inputs(config: Config, device: torch.device) -> Inputs:
     """Open data, teacher and autoencoder, and compare them with the model. Raises one UserError with every problem."""
@@ -49,10 +56,11 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
             problems.extend(error.problems)
 
     tokenizer = attempt(load_tokenizer, config.data.tokenizer)
+    named = f"data.tokenizer {config.data.tokenizer}", tokenizer
     splits = {}
     for split, path, seed in (("train", config.data.train, config.training.seed), ("valid", config.data.valid, None)):
-        if (shards := attempt(TokenShards.open, path)) is not None:
-            problems.extend(_data_mismatches(f"data.{split} {path}", shards, tokenizer, config))
+        if (shards := attempt(TokenShards.open, path, config.data.dtype)) is not None:
+            problems.extend(token_problems(f"data.{split} {path}", shards, config.model.vocab_size, named))
             splits[split] = attempt(TokenDataset, shards, config.model.context, seed)
     targets = None
     if tokenizer and splits.get("train"):
@@ -70,6 +78,8 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
                     f"data.{split} has a vocabulary of {dataset.shards.vocab_size}, but the teacher's is {limit}: "
                     "both must use the same tokenizer."
                 )
+            elif dataset and dataset.shards.binary and limit < config.model.vocab_size:
+                problems.extend(token_problems(f"data.{split}", dataset.shards, limit))
     init = attempt(open_init, config)
     if config.evaluation.tasks:
         attempt(parse_tasks, ",".join(config.evaluation.tasks), "evaluation.tasks")
@@ -80,17 +90,6 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
     if problems:
         raise UserError(*problems)
     return Inputs(**splits, targets=targets, vocab_size=limit, init=init)
-
-
-def _data_mismatches(split: str, shards: TokenShards, tokenizer, config: Config):
-    vocab_size = config.model.vocab_size
-    if shards.vocab_size is not None and shards.vocab_size > vocab_size:
-        yield (
-            f"{split} was written with a vocabulary of {shards.vocab_size}, but model.vocab_size is {vocab_size}. "
-            f"Nearest valid: {shards.vocab_size}."
-        )
-    expected = f"data.tokenizer {config.data.tokenizer}", tokenizer and tokenizer.sha256
-    yield from tokenizer_mismatches(expected, (split, shards.tokenizer_sha256))
 
 
 def _check_validation_tokens(dataset: TokenDataset, config: Config, vocab_size: int) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from megacocomix.checkpoint.writer import CheckpointWriter
 from megacocomix.config.load import dump_config
 from megacocomix.config.rules import check_config, layout_warnings
 from megacocomix.config.schema import Config
+from megacocomix.data.tokens import TokenShards
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
 from megacocomix.evaluation.harness import tasks_left
 from megacocomix.evaluation.perplexity import perplexity, validation_batches
@@ -54,6 +56,9 @@ def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, tr
         run = check_run_folder(config)
         if config.method.has_teacher and runtime.is_main:  # the other ranks wait for the download
             local_folder(config.teacher.model, download=True)
+        if runtime.is_main:
+            for path in filter(os.path.isfile, (config.data.train, config.data.valid)):
+                TokenShards.open(path, config.data.dtype)  # reads it whole; the other ranks find what it found
     with errors_on_all_ranks():
         inputs = open_inputs(config, runtime.device)
     with errors_on_all_ranks():
@@ -92,13 +97,12 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime, run: Path, inputs: Inputs, on_event: OnEvent):
         self.config, self.runtime, self.run, self.inputs = config, runtime, run, inputs
         self.on_event = lambda event: on_event(event, self)
-        self.identity = inputs.identity()
         self.grid = Grid(runtime, config.parallel.tensor, config.parallel.pipeline)
         self.stages = StageModule(config, self.grid, inputs.targets.head if inputs.targets else None)
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.pipeline = Pipeline(self.grid, self.stages.num_stages, partial(hidden_shape, config), dtype)
         self.engine, self.state = self._build_engine()
-        metadata = {"config": config.model_dump(mode="json"), "code": code_version(), "inputs": self.identity}
+        metadata = {"config": config.model_dump(mode="json"), "code": code_version(), "inputs": inputs.identity()}
         self.writer = CheckpointWriter(run, self.engine, metadata, config.checkpoint)
         self.metrics = MetricsLog(run, config, self.state.step) if runtime.is_main else None
         self.last_step = config.training.stop_after or config.training.steps
@@ -205,10 +209,8 @@ class Trainer:
                 chosen = [checkpoint, read_checkpoint_manifest(checkpoint)["inputs"]]
         dist.broadcast_object_list(chosen, src=0)
         checkpoint, stored = chosen
-        # Inputs that the run does not read any more are not compared.
-        changed = [key for key in sorted(stored or {}) if stored[key] != self.identity.get(key, stored[key])]
         with errors_on_all_ranks():
-            if changed:
+            if changed := self.inputs.changed(stored or {}):
                 raise UserError(
                     f"the content of {' and '.join(changed)} has changed since run {self.run} was started. "
                     "Restore it, or choose another folder with run=PATH."
@@ -370,6 +372,9 @@ class Trainer:
             f"{self.runtime.device.type}, {self.inputs.train.num_windows:,} training windows, "
             f"{self.student_flops / 1e6:.1f} MFLOP a token for the student"
         )
+        for dataset in (self.inputs.train, self.inputs.valid):
+            if dataset.shards.binary:
+                self._print(str(dataset.shards.binary))
         if targets := self.inputs.targets:
             self._print(describe_targets(config, targets, self.student_flops, self.inputs.train.num_windows))
         for warning in layout_warnings(config, self.runtime.world):

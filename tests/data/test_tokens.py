@@ -1,5 +1,4 @@
 import json
-import struct
 
 import numpy as np
 import pytest
@@ -85,22 +84,12 @@ def test_reference_bin_is_read_in_place(tmp_path):
     assert len(shards) == 257
     assert shards.read(255, 2).tolist() == [50_255, 50_256]
     assert shards.vocab_size is None and shards.tokenizer_sha256 is None and len(shards.fingerprint) == 64
-    assert [file.name for file in tmp_path.iterdir()] == ["val.bin"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".val.bin.scan.json", "val.bin"]
     (tmp_path / "odd.bin").write_bytes(b"123")
     (tmp_path / "text.txt").write_bytes(b"1234")
     for name in ("odd.bin", "text.txt"):
         with pytest.raises(UserError, match=name):
             TokenShards.open(tmp_path / name)
-
-
-@pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4")])
-def test_megatron_bin_is_read_with_the_type_of_its_index(tmp_path, code, dtype):
-    np.arange(100).astype(dtype).tofile(tmp_path / "text.bin")
-    (tmp_path / "text.idx").write_bytes(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, 1, 2))
-    assert TokenShards.open(tmp_path / "text.bin").read(0, 100).tolist() == list(range(100))
-    (tmp_path / "text.idx").write_bytes(b"something else")
-    with pytest.raises(UserError, match=r"text\.idx"):
-        TokenShards.open(tmp_path / "text.bin")
 
 
 def test_samples_do_not_depend_on_how_positions_are_grouped(tmp_path):

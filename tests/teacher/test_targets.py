@@ -75,4 +75,4 @@ def test_a_window_longer_than_the_teachers_is_read_chunk_by_chunk(folder):
 def test_a_teacher_is_loaded_without_an_autoencoder_where_none_is_needed(folder):
     for name in ("kd", "kd+pause", "direct-hidden"):
         source, *_ = targets_of(folder, method={"name": name}, teacher={"sae": None})
-        assert source.identity().keys() == {"teacher.model"}
+        assert source.identity().keys() == {"teacher.model", "teacher.model's config"}

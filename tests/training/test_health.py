@@ -3,10 +3,13 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 import tiny
 from jobs import train, train_all
+from megacocomix.data.tokenizer import load_tokenizer
+from megacocomix.data.tokens import ShardWriter
 from processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -53,16 +56,20 @@ def test_a_file_that_one_rank_lacks_is_an_error_of_all_ranks_that_names_it(folde
 
 
 def test_a_token_that_one_rank_reads_outside_the_vocabulary_stops_all(folder):
-    bad = folder / "bad.bin"
-    tokens = bytearray((folder / "train.bin").read_bytes())
-    tokens[2 * 16 * 40 : 2 * 16 * 40 + 2] = (500).to_bytes(2, "little")  # in one window
-    bad.write_bytes(tokens)
+    bad = folder / "bad"
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    tokens[16 * 40] = 500  # in one window, of shards whose manifest says that there is no such token
+    writer = ShardWriter(bad, tokens.dtype, len(tokens))
+    writer.append(tokens)
+    gpt2 = load_tokenizer("gpt2")
+    tokenizer = {"name": "gpt2", "sha256": gpt2.sha256, "eot_id": gpt2.eot_id}
+    writer.finish({"tokenizer": tokenizer, "vocab_size": tiny.VOCAB})
     config = tiny.config(
         folder, "bad-token", data={"train": str(bad)}, training={"steps": 30}, checkpoint={"every": 100}
     )
     for code, problems in run_processes(2, train, config):
         assert code == 2
-        assert "bad.bin holds token 500" in problems[0]
+        assert "bad holds token 500" in problems[0]
 
 
 def test_other_content_under_the_same_name_does_not_resume(folder):
