@@ -267,7 +267,8 @@ def _read_hub(name: str, field: str, left_out: LeftOut) -> Iterator[str]:
     try:
         splits = datasets.load_dataset(name, streaming=True)  # streaming leaves no copy in a cache
     except Exception as error:  # its parsers, the network and the Hub's client raise many types
-        raise UserError(f"{name} is neither a file nor on the Hub: {textwrap.shorten(str(error), 200)}") from error
+        reason = textwrap.shorten(str(error), 200)
+        raise UserError(f"{name} is no file, and cannot be read from the Hub: {reason}") from error
     if "train" not in splits:
         raise UserError(f"{name} has no split train on the Hub, only {' '.join(splits)}: fetch one and give its files.")
     left_out.splits[name] = [split for split in splits if split != "train"]
@@ -275,8 +276,15 @@ def _read_hub(name: str, field: str, left_out: LeftOut) -> Iterator[str]:
     if rows.column_names:
         _check_field(field, rows.column_names, name)
         rows = rows.select_columns([field])
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_to_the_end(rows, name), 1):
         yield _text(row, field, f"{name} row {number}")
+
+
+def _to_the_end(rows: Iterable[dict], name: str) -> Iterator[dict]:
+    try:
+        yield from rows
+    except Exception as error:  # as above
+        raise UserError(f"{name} cannot be read to its end: {textwrap.shorten(str(error), 200)}") from error
 
 
 READERS = {

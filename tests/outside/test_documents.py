@@ -326,6 +326,13 @@ def test_only_the_split_train_of_a_name_on_the_hub_is_read_and_that_is_said(monk
     left_out = LeftOut()
     assert list(read_documents(["owner/name"], left_out=left_out)) == ["a"]
     assert list(left_out.lines()) == ["owner/name: the split train of the default config is read, not test"]
+    broken = datasets.IterableDataset.from_generator(lambda: iter([{"text": "a"}, 1 / 0]))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, streaming: datasets.IterableDatasetDict({"train": broken})
+    )
+    with pytest.raises(UserError, match="owner/name cannot be read to its end: division by zero"):
+        list(read_documents(["owner/name"]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: found)
     del found["train"]
     with pytest.raises(UserError, match="owner/name has no split train on the Hub, only test"):
         list(read_documents(["owner/name"]))
