@@ -34,7 +34,9 @@ def main() -> None:
     )
     parser.add_argument("--to", choices=["native", "saelens"], default="native", help="default %(default)s")
     parser.add_argument("--teacher", metavar="DIR", help="the model it was trained on, as teacher.model")
-    parser.add_argument("--text", metavar="FILE", help="text to measure on: .txt .jsonl .jsonl.gz .parquet")
+    parser.add_argument(
+        "--text", metavar="FILE", help="text to measure on, of any kind that tools/prepare_data.py reads"
+    )
     parser.add_argument("--tokenizer", metavar="NAME", help="as data.tokenizer, where the teacher's folder has none")
     parser.add_argument(
         "--accept-fvu",

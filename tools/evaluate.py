@@ -190,6 +190,10 @@ def table(result: dict, tasks: list[str]) -> Iterator[str]:
             source = "local" if found["source"].startswith("local") else "hub"
             metrics = "  ".join(map(describe_metric, found["metrics"], found["metrics"].values()))
             yield f"{task:{width}}  {metrics}  ({found['num_samples']:,} samples, {source})"
+            if left_out := found.get("left_out"):
+                few = " ".join(map(str, left_out[:10])) + (" …" if len(left_out) > 10 else "")
+                number = f"{len(left_out):,} of the documents (from 0: {few})"
+                yield f"{task}: left out, as this model cannot score them: {number}"
 
 
 def describe_metric(name: str, metric: dict) -> str:

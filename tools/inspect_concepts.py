@@ -51,7 +51,9 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="RUN|FOLDER", help="a run, a native checkpoint or an exported folder")
-    parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help=".txt, .jsonl, .jsonl.gz, .parquet")
+    parser.add_argument(
+        "--text", nargs="+", required=True, metavar="FILE", help="any kind that tools/prepare_data.py reads"
+    )
     parser.add_argument("--field", default="text", help="field of a row that has the text (default text)")
     parser.add_argument("--tokens", type=int, default=65536, metavar="N", help="tokens read at most (default 65536)")
     parser.add_argument("--shown", type=int, default=4096, metavar="N", help="tokens shown one by one (default 4096)")

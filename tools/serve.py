@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="RUN|FOLDER", help="a run, a native checkpoint or an exported folder")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", nargs="+", metavar="FILE", help="text to read: .txt, .jsonl, .jsonl.gz, .parquet")
+    source.add_argument("--text", nargs="+", metavar="FILE", help="text, of any kind that tools/prepare_data.py reads")
     source.add_argument("--inspection", metavar="FILE.json", help="output of tools/inspect_concepts.py --out")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1; 0.0.0.0: all)")
     parser.add_argument("--port", type=int, default=8080, help="(default 8080; 0: any free port)")

@@ -23,9 +23,12 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="a few hundred at least")
     parser.add_argument("--valid", type=float, default=0.0, metavar="FRACTION", help="of the documents; default 0")
     parser.add_argument("--field", default="text", help="field of a row that holds its text; default text")
+    parser.add_argument("--skip-unknown", action="store_true", help="leave out files of other kinds in folders")
     arguments = vars(parser.parse_args())
-    tokenizer = train_tokenizer(**arguments)
+    tokenizer, left_out = train_tokenizer(**arguments)
     print(f"{arguments['out']}: {tokenizer.vocab_size:,} tokens, end of text {tokenizer.eot_id}")
+    for line in left_out.lines():
+        print(line)
 
 
 if __name__ == "__main__":

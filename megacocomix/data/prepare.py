@@ -13,10 +13,12 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from megacocomix.data.documents import find_sources, is_validation, read_documents, source_files
+from megacocomix.data.documents import is_validation, read_documents
+from megacocomix.data.sources import LeftOut, find_sources, source_files
 from megacocomix.data.tokenizer import Tokenizer, encode_in_parallel, load_tokenizer, train_sentencepiece
 from megacocomix.data.tokens import MANIFEST, ShardWriter, TokenShards, file_fingerprint, read_manifest, token_dtype
 from megacocomix.errors import UserError
@@ -53,13 +55,21 @@ def _chunks(documents: Iterable[str], valid: float, cut: re.Pattern | None) -> I
 
 
 def train_tokenizer(
-    inputs: Sequence[str], out: str | Path, vocab_size: int, valid: float = 0.0, field: str = "text"
-) -> Tokenizer:
-    """Train a SentencePiece tokenizer on `inputs`, without the documents of the validation split."""
+    inputs: Sequence[str],
+    out: str | Path,
+    vocab_size: int,
+    valid: float = 0.0,
+    field: str = "text",
+    skip_unknown: bool = False,
+) -> tuple[Tokenizer, LeftOut]:
+    """Train a SentencePiece tokenizer on `inputs`, without the documents of the validation split. Also returns what
+    else was not read."""
     if not 0 <= valid < 1:
         raise UserError(f"--valid {valid} is not a fraction from 0 up to 1.")
-    documents = read_documents(find_sources(inputs), field)
-    return train_sentencepiece((text for text in documents if not is_validation(text, valid)), out, vocab_size)
+    left_out = LeftOut()
+    documents = read_documents(find_sources(inputs, left_out, skip_unknown), field, left_out)
+    texts = (text for text in documents if not is_validation(text, valid))
+    return train_sentencepiece(texts, out, vocab_size), left_out
 
 
 def prepare_data(
@@ -70,17 +80,20 @@ def prepare_data(
     workers: int = 1,
     field: str = "text",
     shard_tokens: int = 100_000_000,
+    skip_unknown: bool = False,
 ) -> tuple[dict[str, dict], bool]:
     """Tokenise `inputs` into out/train and, with `valid` > 0, about that fraction of documents into out/valid.
 
-    Returns the manifest of each split, and whether they were complete already. Resumes interrupted work with the same
-    settings. Raises UserError, and destroys nothing, for invalid options or inputs, for text without a single token,
-    and if `out` holds anything but this same result or a part of it.
+    `skip_unknown` leaves out the files of an unknown kind in folders. Returns the manifest of each split, and whether
+    they were complete already. A manifest's `left_out` has the fields of `LeftOut`; those of earlier versions lack it.
+    Resumes interrupted work with the same settings. Raises UserError, and destroys nothing, for invalid options or
+    inputs, for text without a single token, and if `out` holds anything but this same result or a part of it.
     """
     out = Path(out)
     if not 0 <= valid < 1 or workers < 1 or shard_tokens < 1:
         raise UserError("--valid must be in [0, 1), --workers and --shard-tokens at least 1.")
-    sources = find_sources(inputs)
+    left_out = LeftOut()
+    sources = find_sources(inputs, left_out, skip_unknown)
     vocabulary = load_tokenizer(tokenizer)
     settings = {
         "tokenizer": {key: getattr(vocabulary, key) for key in ("name", "sha256", "eot_id")},
@@ -103,15 +116,15 @@ def prepare_data(
     try:
         with _lock(out):
             state = _restore(out, settings, splits)
-            with closing(read_documents(sources, field)) as documents:
+            with closing(read_documents(sources, field, left_out)) as documents:
                 batches = _batches(documents, valid, vocabulary.cut, state["chunks"])
                 with closing(encode_in_parallel(tokenizer, batches, workers)) as encoded:
-                    return _write(out, state, encoded), False
+                    return _write(out, state, encoded, left_out), False
     except OSError as error:
         raise UserError(f"{out}: {error}. Finished work is kept: the same command continues it.") from error
 
 
-def _write(out: Path, state: dict, batches: Iterable) -> dict[str, dict]:
+def _write(out: Path, state: dict, batches: Iterable, left_out: LeftOut) -> dict[str, dict]:
     settings = state["settings"]
     dtype = token_dtype(settings["vocab_size"])
     with ExitStack() as stack:
@@ -142,7 +155,8 @@ def _write(out: Path, state: dict, batches: Iterable) -> dict[str, dict]:
                     f"no document fell into {split}: --valid {settings['valid']} is too small for this text."
                 )
         commit()
-        manifests = {split: writer.finish(settings) for split, writer in writers.items()}
+        values = settings | {"left_out": asdict(left_out)}
+        manifests = {split: writer.finish(values) for split, writer in writers.items()}
     shutil.rmtree(out / ".partial")
     return manifests
 

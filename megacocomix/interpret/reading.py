@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megacocomix.data.documents import find_sources, read_documents
+from megacocomix.data.documents import read_documents
+from megacocomix.data.sources import LeftOut, find_sources
 from megacocomix.errors import UserError
 from megacocomix.hf.open import OpenModel
 from megacocomix.interpret.teacher_labels import TeacherLabels
@@ -80,10 +81,10 @@ def text_windows(student: OpenModel, files: Sequence[str], num_tokens: int, fiel
     """The first `num_tokens` tokens of the texts, in windows of the student's context; the last window of a document
     may be shorter. Raises UserError for a file that cannot be read, and for one without text before the limit."""
     find_sources(files)  # reports all missing files at once
-    windows, window_text, notes = [], [], []
+    windows, window_text, notes, left_out = [], [], [], LeftOut()
     num_documents = num_long = num_read = num_texts = 0
     is_truncated = False
-    for text, document in _documents(files, field):
+    for text, document in _documents(files, field, left_out):
         if is_truncated := num_read == num_tokens:
             break
         ids = np.array(student.tokenizer.encode_batch([document])[0], dtype=np.int64)
@@ -105,16 +106,17 @@ def text_windows(student: OpenModel, files: Sequence[str], num_tokens: int, fiel
         )
     if is_truncated:
         notes.append(f"only the first {num_read:,} tokens are read: --tokens N reads more")
+    notes += left_out.lines()
     if unread := files[num_texts:]:
         notes.append(f"not reached: {' '.join(unread)}")
     return Windows(list(files[:num_texts]), windows, window_text, notes)
 
 
-def _documents(files: Sequence[str], field: str) -> Iterator[tuple[int, str]]:
+def _documents(files: Sequence[str], field: str, left_out: LeftOut) -> Iterator[tuple[int, str]]:
     """The documents of all files, each with the index of its file."""
     for text, name in enumerate(files):
         document = None
-        for document in read_documents(find_sources([name]), field):
+        for document in read_documents(find_sources([name]), field, left_out):
             yield text, document
         if document is None:
             raise UserError(f"{name} holds no text.")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from megacocomix.config.schema import Location
-from megacocomix.data.documents import find_sources, read_documents
+from megacocomix.data.documents import read_documents
+from megacocomix.data.sources import find_sources
 from megacocomix.data.tokenizer import load_tokenizer, tokenizer_mismatches
 from megacocomix.data.tokens import check_token_ids
 from megacocomix.errors import UserError

@@ -244,11 +244,11 @@ BAD_FILES = {
     "surrogate.jsonl": (b'{"text": "\\ud800"}\n', "line 1: .* not valid Unicode"),
     "latin.txt": (b"fine\ncaf\xe9\n", r"latin\.txt line 2 is not UTF-8"),
     "truncated.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 100)[:-10], r"truncated\.jsonl\.gz cannot be read"),
-    "plain.jsonl.gz": (b'{"text": "a"}\n', r"plain\.jsonl\.gz cannot be read"),
+    "plain.jsonl.gz": (b'{"text": "a"}\n', r"plain\.jsonl\.gz is not compressed as \.gz"),
     "broken.parquet": (b"PAR1 no", r"broken\.parquet cannot be read"),
     "empty.txt": (b"", "no text"),
     "blank.jsonl": (b'{"text": " \\n"}\n\n{"text": null}\n', "no text"),
-    "table.csv": (b"text\na\n", r"table\.csv is of an unknown kind"),
+    "table.xls": (b"text\na\n", r"table\.xls is of an unknown kind"),
 }
 
 
