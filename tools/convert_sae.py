@@ -47,6 +47,12 @@ def main() -> None:
     hints.add_argument("--location", choices=get_args(Location))
     hints.add_argument("--context", type=int, metavar="T", help="tokens of a window it was trained on")
     hints.add_argument("--center", action="store_true", help="it was trained on TransformerLens' mean-centred residual")
+    hints.add_argument(
+        "--input-scale",
+        type=float,
+        metavar="X",
+        help="what its inputs are multiplied by, as SAELens' expected_average_only_in; 1 if its weights contain it",
+    )
     options = vars(parser.parse_args())
     if options.pop("to") == "saelens":
         sae = export_saelens(options["source"], options["out"])
