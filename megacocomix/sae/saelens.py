@@ -220,7 +220,10 @@ def _normalization(path: Path, cfg: dict) -> str:
         valid = " ".join(NORMALIZATIONS)
         raise UserError(f"{path}: normalize_activations {name} is not computed here. Valid: {valid}.")
     if name != "expected_average_only_in" and (factor := _scaler_factor(path)) is not None:
-        raise UserError(f"{path}: activation_scaler.json has the factor {factor}, but normalize_activations is {name}.")
+        raise UserError(
+            f"{path}: activation_scaler.json has the factor {factor}, but normalize_activations is {name}. Remove "
+            "the file if the weights contain the factor, else set expected_average_only_in in cfg.json."
+        )
     return name
 
 
