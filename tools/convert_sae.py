@@ -7,7 +7,7 @@
     python tools/convert_sae.py saes/gpt2-5.safetensors --out saes/gpt2-5-saelens --to saelens
 
 SOURCE is a path, or OWNER/NAME[/FOLDER] on Hugging Face's hub. Its format is recognised by its files: OpenAI's FILE.pt
-(TopK, ReLU), a folder of SAELens (standard, topk; 1.x to 6.x) or of EleutherAI's sparsify. Code inside a pickle is
+(TopK, ReLU), a folder of SAELens (standard, topk; 0.4 to 6.x) or of EleutherAI's sparsify. Code inside a pickle is
 never run. With a teacher and text, the variance unexplained and L0 are measured on windows of 64 tokens and of the
 teacher's context. An autoencoder that does not fit is refused."""
 
@@ -42,13 +42,19 @@ def main() -> None:
         "--accept-fvu",
         type=float,
         metavar="X",
-        help="largest accepted variance unexplained (default 0.5, and no other block may fit clearly better)",
+        help="largest accepted variance unexplained (default 0.5, and no other block or scale may fit clearly better)",
     )
     hints = parser.add_argument_group("values that a source may not record")
     hints.add_argument("--layer", type=int, metavar="L", help="block whose residual it reads, from 0")
     hints.add_argument("--location", choices=get_args(Location))
     hints.add_argument("--context", type=int, metavar="T", help="tokens of a window it was trained on")
     hints.add_argument("--center", action="store_true", help="it was trained on TransformerLens' mean-centred residual")
+    hints.add_argument(
+        "--input-scale",
+        type=float,
+        metavar="X",
+        help="what its inputs are multiplied by, as SAELens' expected_average_only_in; 1 if its weights contain it",
+    )
     options = vars(parser.parse_args())
     if options.pop("to") == "saelens":
         sae = export_saelens(options["source"], options["out"])

@@ -23,10 +23,12 @@ from megacocomix.data.tokens import check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.files import check_absent
 from megacocomix.hub import is_hub_name, local_folder
+from megacocomix.sae.external import ExternalSAE
 from megacocomix.sae.file import load_sae, save_sae, writing_out
-from megacocomix.sae.formats import ExternalSAE, read_external_sae, write_saelens
+from megacocomix.sae.formats import read_external_sae
 from megacocomix.sae.measure import SAEReport, measure_sae
 from megacocomix.sae.model import SAE
+from megacocomix.sae.saelens import write_saelens
 from megacocomix.teacher.load import load_teacher_model, teacher_tokenizer
 from megacocomix.teacher.model import Teacher, TeacherModel
 
@@ -35,6 +37,7 @@ FIT_TOKENS = 2**14
 PROBE_TOKENS = 2**9
 MOST_UNEXPLAINED = 0.5
 CLEARLY_BETTER = 0.7
+INPUT_SCALES = [2.0**exponent for exponent in range(-8, 9) if exponent]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class SAEConversion:
     location: Location | None
     context: int | None
     center: bool
+    input_scale: float | None
     accept_fvu: float | None
 
 
@@ -69,7 +73,7 @@ def convert_sae(job: SAEConversion) -> Converted:
     check_absent(job.out)
     if job.text and not job.teacher:
         raise UserError("--text is read by a teacher: give --teacher DIR too.")
-    found = _read(job.source)
+    found = _read(job)
     sae, info = found.sae, found.info
     if job.center:
         if sae.form.normalization != "none":
@@ -94,7 +98,7 @@ def convert_sae(job: SAEConversion) -> Converted:
             tokens, info["tokenizer_sha256"] = _read_tokens(job, model.context)
             check_token_ids(tokens, teacher.vocab_size, f"--text {job.text}")
             fit = measure_fit(teacher, sae, tokens)
-            _check_fit(job, model, sae, tokens, fit)
+            _check_fit(job, teacher, sae, tokens, fit)
             info["measured"] = {f"windows_of_{length}": asdict(report) for length, report in fit.items()}
     with writing_out(job.out):
         save_sae(sae, job.out, info)
@@ -118,13 +122,13 @@ def measure_fit(teacher: Teacher, sae: SAE, tokens_N: Tensor) -> dict[int, SAERe
     return reports
 
 
-def _read(source: str) -> ExternalSAE:
-    if Path(source).exists():
-        return read_external_sae(Path(source))
-    repository, folder = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
+def _read(job: SAEConversion) -> ExternalSAE:
+    if Path(job.source).exists():
+        return read_external_sae(Path(job.source), job.input_scale)
+    repository, folder = "/".join(job.source.split("/")[:2]), "/".join(job.source.split("/")[2:])
     if not is_hub_name(repository):
-        raise UserError(f"{source} does not exist.")
-    found = read_external_sae(local_folder(repository, download=True, under=folder or None))
+        raise UserError(f"{job.source} does not exist.")
+    found = read_external_sae(local_folder(repository, download=True, under=folder or None), job.input_scale)
     found.info["source"] |= {"repository": repository, "revision": local_folder(repository).name}
     return found
 
@@ -161,17 +165,22 @@ def _read_tokens(job: SAEConversion, context: int) -> tuple[Tensor, str]:
     return torch.tensor(ids[: max(FIT_TOKENS // context, 1) * context]), tokenizer.sha256
 
 
-def _check_fit(job: SAEConversion, model: TeacherModel, sae: SAE, tokens_N: Tensor, fit: dict[int, SAEReport]) -> None:
+def _check_fit(job: SAEConversion, teacher: Teacher, sae: SAE, tokens_N: Tensor, fit: dict[int, SAEReport]) -> None:
     """Raises UserError if the autoencoder leaves too much variance unexplained. Without --accept-fvu it also raises if
-    another block or location would fit clearly better ("clearly" because neighbouring blocks are alike)."""
+    another block, location or scale of its input would fit clearly better ("clearly" because neighbours are alike)."""
     worst = max(fit, key=lambda length: (math.isnan(fit[length].fvu_standardized), fit[length].fvu_standardized))
     fvu = fit[worst].fvu_standardized
     bound = MOST_UNEXPLAINED if job.accept_fvu is None else job.accept_fvu
     if fvu <= bound and job.accept_fvu is not None:
         return
-    fvus = _fit_everywhere(model, sae, tokens_N[:PROBE_TOKENS])
+    place = _options(sae.info["sae_layer"], sae.info["location"])
+    fvus = _fit_everywhere(teacher.model, sae, tokens_N[:PROBE_TOKENS])
+    here = fvus[place]
+    if sae.form.normalization in ("none", "center"):
+        scale, fvu_scaled = _fit_scaled(teacher, sae, tokens_N[:PROBE_TOKENS])
+        fvus[f"{place} --input-scale {scale * (job.input_scale or 1):.3g}"] = fvu_scaled
     where = min(fvus, key=lambda options: (math.isnan(fvus[options]), fvus[options]))
-    best, here = fvus[where], fvus[_options(sae.info["sae_layer"], sae.info["location"])]
+    best = fvus[where]
     is_better = best < CLEARLY_BETTER * min(1.0, here)
     if fvu <= bound and not is_better:  # not "fvu > bound", which nan would pass
         return
@@ -198,6 +207,20 @@ def _fit_everywhere(model: TeacherModel, sae: SAE, tokens_N: Tensor) -> dict[str
         for option, variant in variants.items():
             fvus[_options(layer, location) + option] = measure_sae(variant, rows).fvu_standardized
     return fvus
+
+
+def _fit_scaled(teacher: Teacher, sae: SAE, tokens_N: Tensor) -> tuple[float, float]:
+    """The scale of the input, of those clearly other than 1, that leaves the least unexplained; and how much. Below a
+    factor of 2 an L1 penalty moves the optimum, too: it shrinks latents, and a larger input makes up for that."""
+    rows = list(_hidden_rows(teacher, tokens_N, SHORT_WINDOW))
+
+    def unexplained(scale: float) -> tuple[bool, float]:
+        fvu = measure_sae(sae, (row_ND * scale for row_ND in rows)).fvu_standardized
+        return math.isnan(fvu), fvu
+
+    best = min(INPUT_SCALES, key=unexplained)
+    best = min((best * 2 ** (step / 4) for step in (-1, 0, 1)), key=unexplained)  # close enough to be used
+    return best, unexplained(best)[1]
 
 
 def _options(layer: int, location: Location) -> str:

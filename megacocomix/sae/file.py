@@ -17,10 +17,12 @@ from safetensors.torch import save_file
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256, write_aside
 from megacocomix.model.concept import STANDARDIZE_EPS
+from megacocomix.sae.external import check_is_no_pointer
 from megacocomix.sae.model import SAE, SAEForm
 
 FORMAT = "megacocomix-sae"
 VERSION = 2
+HEADER = ("format", "version", "activation", "k", "normalization", "info")
 MAKERS = "Train one with tools/train_sae.py, or convert one with tools/convert_sae.py."
 
 
@@ -56,12 +58,13 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     """Read a file that `save_sae` wrote, frozen (no gradients), straight onto `device`.
 
     Raises UserError for a missing file, a file that is not safetensors, another format or version, an unknown
-    activation or normalisation, and tensors that are missing, disagree in shape or are not finite. The caller has to
-    compare width, layer and location with the teacher's.
+    activation or normalisation, other keys in the header, and tensors that are missing, unknown, disagree in shape or
+    are not finite. The caller has to compare width, layer and location with the teacher's.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such SAE file. {MAKERS}")
+    check_is_no_pointer(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             form, info = _read_header(path, file.metadata() or {})
@@ -81,6 +84,8 @@ def _read_header(path: Path, header: Mapping[str, str]) -> tuple[SAEForm, dict[s
     try:
         if int(header["version"]) != VERSION:
             raise UserError(f"version {header['version']} of the format; this code reads version {VERSION}. {MAKERS}")
+        if unknown := sorted(set(header) - set(HEADER)):
+            raise UserError(f"its header has {' '.join(unknown)}, which version {VERSION} of the format does not have.")
         normalization = dict(json.loads(header["normalization"]))
         kind, eps = normalization.pop("kind"), normalization.pop("eps", STANDARDIZE_EPS)
         if normalization not in ({}, {"eps_added_to": "std", "unbiased": True}):

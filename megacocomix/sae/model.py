@@ -13,7 +13,7 @@ Shapes: N rows, D width of the teacher, C latents, K latents kept per row.
 Only the pre-activations are dense in C, and only for a chunk of the rows at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,9 @@ from megacocomix.model.concept import STANDARDIZE_EPS, standardize
 
 Activation = Literal["topk", "relu"]
 Normalization = Literal["standardize", "center", "rescale", "none"]
+
+# The others of torch need a scale to be numbers (float8), or are none (integers, complex).
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Largest number of pre-activations in memory at once: 128 MiB in fp32, or 1,024 rows of 32,768 latents.
 MAX_PRE_ACTIVATIONS = 2**25
@@ -71,6 +74,13 @@ class SAEForm:
             return x - mean, mean, 1.0
         norm = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
         return x / norm, 0.0, norm
+
+
+def check_dtypes(weights: Mapping[str, Tensor], source: str) -> None:
+    """Raises UserError for weights that are quantised, or not real numbers."""
+    if wrong := [f"{name} is {weight.dtype}" for name, weight in weights.items() if weight.dtype not in DTYPES]:
+        valid = " ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise UserError(f"{source}: {', '.join(wrong)}: get it unquantised. Valid: {valid}.")
 
 
 class SAE(nn.Module):
@@ -148,10 +158,14 @@ class SAE(nn.Module):
     @classmethod
     def from_weights(cls, weights: dict[str, Tensor], form: SAEForm, source: str) -> "SAE":
         """Build from the four tensors, as fp32. Tensors that are fp32 already are used as they are, never copied.
-        Raises UserError for tensors that are missing, disagree in shape, or hold values that are not finite numbers."""
+        Raises UserError for tensors that are missing, are others, disagree in shape, or hold values that are not finite
+        numbers."""
         names = ("pre_bias", "encoder", "latent_bias", "decoder")
         if missing := [name for name in names if name not in weights]:
             raise UserError(f"{source}: tensors missing: {' '.join(missing)}.")
+        if unread := sorted(set(weights) - set(names)):
+            raise UserError(f"{source} holds tensors that are not read: {' '.join(unread)}.")
+        check_dtypes(weights, source)
         shapes = {name: tuple(weights[name].shape) for name in names}
         if len(shapes["encoder"]) == 2:
             num_latents, width = shapes["encoder"]
@@ -159,8 +173,8 @@ class SAE(nn.Module):
         if len(shapes["encoder"]) != 2 or tuple(shapes.values()) != expected:
             listing = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise UserError(f"{source}: the shapes of its tensors disagree: {listing}.")
-        if 0 in shapes["encoder"] or not all(weights[name].is_floating_point() for name in names):
-            raise UserError(f"{source}: its tensors are empty, or hold no real numbers.")
+        if 0 in shapes["encoder"]:
+            raise UserError(f"{source}: its tensors are empty.")
         bad = {name: int((~weights[name].isfinite()).sum()) for name in names}
         if where := ", ".join(f"{count} of {name}" for name, count in bad.items() if count):
             raise UserError(f"{source}: holds values that are not finite ({where}): get the file again.")

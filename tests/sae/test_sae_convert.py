@@ -13,8 +13,8 @@ from megacocomix.files import file_sha256
 from megacocomix.sae.convert import SAEConversion, convert_sae, export_saelens
 from megacocomix.sae.file import load_sae
 from megacocomix.sae.formats import read_external_sae
-from megacocomix.sae.formats import write_saelens as write_ours
 from megacocomix.sae.model import SAE, SAEForm
+from megacocomix.sae.saelens import write_saelens as write_ours
 from megacocomix.teacher.load import load_teacher
 from megacocomix.teacher.model import Teacher
 from processes import run_tool
@@ -54,6 +54,7 @@ def job(root, source, tmp_path):
         location=None,
         context=None,
         center=False,
+        input_scale=None,
         accept_fvu=None,
     )
 
