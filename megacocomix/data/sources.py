@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megacocomix.errors import UserError
+from megacocomix.files import is_lfs_pointer
 
 KINDS = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = {
@@ -23,7 +24,6 @@ COMPRESSIONS = {
 }
 """Suffixes that may follow a kind → what such files begin with."""
 SUFFIXES = f"{' '.join(KINDS)}, also compressed ({' '.join(COMPRESSIONS)})"
-LFS_POINTER = b"version https://git-lfs"
 SAVED_DATASET = {"dataset_info.json", "state.json"}
 ABOUT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json"}
 """Files about a data set, which `datasets` does not read as data either."""
@@ -192,7 +192,7 @@ def _damaged(files: Iterable[Path]) -> Iterator[str]:
 def _problem(file: Path) -> str | None:
     with open(file, "rb") as raw:
         head = raw.read(64)
-    if head.startswith(LFS_POINTER):
+    if is_lfs_pointer(file):
         return "a pointer of git-lfs instead of the data: run `git lfs pull` where it was cloned"
     expected = file_kind(file)[1]
     actual = next((suffix for suffix, magic in COMPRESSIONS.items() if re.match(magic, head)), "")

@@ -37,7 +37,7 @@ FIT_TOKENS = 2**14
 PROBE_TOKENS = 2**9
 MOST_UNEXPLAINED = 0.5
 CLEARLY_BETTER = 0.7
-INPUT_SCALES = [2.0**exponent for exponent in range(-8, 9) if exponent]
+INPUT_SCALES = [2.0 ** (half / 2) for half in range(-16, 17) if half]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,10 @@ def _check_fit(job: SAEConversion, teacher: Teacher, sae: SAE, tokens_N: Tensor,
     here = fvus[place]
     if sae.form.normalization in ("none", "center"):
         scale, fvu_scaled = _fit_scaled(teacher, sae, tokens_N[:PROBE_TOKENS])
-        fvus[f"{place} --input-scale {scale * (job.input_scale or 1):.3g}"] = fvu_scaled
+        # An L1 penalty shrinks latents, for which a somewhat larger input makes up.
+        is_shrinkage = sae.form.activation == "relu" and 0.5 < scale < 2 and fvu_scaled > 0.5 * here
+        if not is_shrinkage:
+            fvus[f"{place} --input-scale {scale * (job.input_scale or 1):.3g}"] = fvu_scaled
     where = min(fvus, key=lambda options: (math.isnan(fvus[options]), fvus[options]))
     best = fvus[where]
     is_better = best < CLEARLY_BETTER * min(1.0, here)
@@ -210,8 +213,7 @@ def _fit_everywhere(model: TeacherModel, sae: SAE, tokens_N: Tensor) -> dict[str
 
 
 def _fit_scaled(teacher: Teacher, sae: SAE, tokens_N: Tensor) -> tuple[float, float]:
-    """The scale of the input, of those clearly other than 1, that leaves the least unexplained; and how much. Below a
-    factor of 2 an L1 penalty moves the optimum, too: it shrinks latents, and a larger input makes up for that."""
+    """The scale of the input, other than 1, that leaves the least unexplained; and how much."""
     rows = list(_hidden_rows(teacher, tokens_N, SHORT_WINDOW))
 
     def unexplained(scale: float) -> tuple[bool, float]:

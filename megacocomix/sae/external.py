@@ -11,12 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megacocomix.checkpoint.tensors import unwrapped_name
 from megacocomix.errors import UserError
+from megacocomix.files import damaged
 from megacocomix.sae.model import SAE, check_dtypes
-
-# Prefixes that torch.compile, DistributedDataParallel and modules that hold the autoencoder add to every name.
-WRAPPERS = ("_orig_mod.", "module.", "model.")
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass
@@ -30,36 +28,25 @@ class ExternalSAE:
 
 def read_cfg(file: Path) -> dict[str, Any]:
     """A JSON file that holds one object. Raises UserError."""
-    check_is_no_pointer(file)
     try:
         return dict(json.loads(file.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error!r:.80}).") from None
+        raise damaged(file, error) from None
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, without the prefixes of wrappers. Raises UserError."""
-    check_is_no_pointer(file)
     try:
         return unwrap(load_file(file), file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is truncated or damaged: {error}.") from None
-
-
-def check_is_no_pointer(file: Path) -> None:
-    """Raises UserError for the small text that git leaves in place of a file of git-lfs."""
-    with open(file, "rb") as opened:
-        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(f"{file} is a git-lfs pointer, not the file: run `git lfs pull` where it was cloned.")
+        raise damaged(file, error) from None
 
 
 def unwrap(state: Mapping[str, Any], file: Path) -> dict[str, Any]:
     """The entries without the prefixes of wrappers. Raises UserError if two entries get the same name."""
     bare: dict[str, Any] = {}
     for name, value in state.items():
-        short = name
-        while prefix := next((prefix for prefix in WRAPPERS if short.startswith(prefix)), None):
-            short = short.removeprefix(prefix)
+        short = unwrapped_name(name)
         if short in bare:
             raise UserError(f"{file} holds {short} twice, as {name} too: it is not clear which is meant.")
         bare[short] = value

@@ -24,7 +24,6 @@ from megacocomix.pickles import load_pickle
 from megacocomix.sae.external import (
     ExternalSAE,
     check_fixed,
-    check_is_no_pointer,
     check_keys,
     check_tensors,
     read_cfg,
@@ -114,7 +113,6 @@ def from_openai(state: Mapping[str, Tensor], form: SAEForm, source: str, input_s
 
 
 def _read_openai(path: Path, input_scale: float | None) -> ExternalSAE:
-    check_is_no_pointer(path)
     state = unwrap(load_pickle(path), path)
     activation = state.pop("activation", "ReLU")
     settings = dict(state.pop("activation_state_dict", {}))

@@ -319,7 +319,7 @@ def test_git_lfs_pointers_are_named_as_such(tmp_path):
     write_sparsify(tmp_path / "h.1")
     (tmp_path / "h.1/cfg.json").write_text(pointer)
     for file in ("5.pt", "lens", "h.1"):
-        with pytest.raises(UserError, match="is a git-lfs pointer, not the file: run `git lfs pull`"):
+        with pytest.raises(UserError, match="is a git-lfs pointer, not the file itself: run git lfs pull"):
             read_external_sae(tmp_path / file)
     with pytest.raises(UserError, match="is a git-lfs pointer"):
         load_sae(tmp_path / "5.pt")
