@@ -236,6 +236,7 @@ class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config):
+        config.check()
         super().__init__(config)
         self.transformer = CocomixTransformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
