@@ -15,6 +15,9 @@ from megacocomix.checkpoint.tensors import write_safetensors
 from megacocomix.config.schema import ModelConfig
 from megacocomix.model.gpt2 import LAYER_NORM_EPS
 
+COCOMIX_FORMAT = 1
+"""Version of what config.json of an exported model with concepts means. A file without `cocomix_format` is of version
+1."""
 OUTER = {
     "embed.tokens.weight": "transformer.wte.weight",
     "embed.positions.weight": "transformer.wpe.weight",

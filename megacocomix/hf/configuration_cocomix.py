@@ -29,6 +29,18 @@ METHOD = {
     "target_size": 768,
 }
 """Option of the concept module → default."""
+FIRST_OPTIONS = ("insertion_layer", "num_concepts", "num_kept")
+"""The only options that folders of the first exports record. Those models have the defaults of the others."""
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+FORMAT = 1
+"""Version of what the options mean. A file without `cocomix_format` is of version 1."""
+OF_GPT2_ALONE = {
+    "activation_function": "gelu_new",
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+"""GPT-2's option → the only value that this model has."""
 VALID = {
     "predict": ("concepts", "hidden", "nothing"),
     "mix": ("predicted", "pause", "nothing"),
@@ -65,6 +77,32 @@ class CocomixConfig(PretrainedConfig):
     def __init__(self, **kwargs):
         for key, default in (GPT2 | METHOD).items():
             setattr(self, key, kwargs.pop(key, default))
+        self.cocomix_format = kwargs.pop("cocomix_format", FORMAT)
+        super().__init__(**COMMON | kwargs)
+        self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """The config in a file's values. Raises ValueError if a size or an option is missing: there, a default would be
+        another model."""
+        given = {cls.attribute_map.get(key, key) for key in config_dict}
+        is_first = given.isdisjoint(METHOD.keys() - set(FIRST_OPTIONS))
+        if missing := [key for key in (*SIZES, *(FIRST_OPTIONS if is_first else METHOD)) if key not in given]:
+            raise ValueError(f"The config lacks {', '.join(missing)}.")
+        return super().from_dict(config_dict, **kwargs)
+
+    def check(self):
+        """Raises ValueError for values that the model cannot have. The model checks again, because loading sets options
+        that were given beside the file."""
+        if self.cocomix_format != FORMAT:
+            raise ValueError(f"The config has cocomix_format {self.cocomix_format!r}; this code reads {FORMAT}.")
+        for key in (*SIZES, *METHOD):
+            expected = type((GPT2 | METHOD)[key])
+            if type(getattr(self, key)) is not expected:
+                raise ValueError(f"{key} {getattr(self, key)!r} is not of type {expected.__name__}.")
+        for key, only in OF_GPT2_ALONE.items():
+            if (value := getattr(self, key, only)) != only and not (key == "n_inner" and value == 4 * self.n_embd):
+                raise ValueError(f"{key} is {value!r}; this model has only {only!r}.")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}.")
         if not 0 <= self.insertion_layer < self.n_layer:
@@ -76,7 +114,7 @@ class CocomixConfig(PretrainedConfig):
             raise ValueError("mix is predicted, but predict is nothing.")
         if self.predict == "concepts" and not 1 <= self.num_kept <= self.num_concepts:
             raise ValueError(f"num_kept {self.num_kept} must be from 1 to num_concepts {self.num_concepts}.")
-        every = self.interleave_every
-        if not (isinstance(every, int) and 1 <= every <= self.n_positions):
-            raise ValueError(f"interleave_every {every!r} must be from 1 to n_positions {self.n_positions}.")
-        super().__init__(**COMMON | kwargs)
+        if not 1 <= self.interleave_every <= self.n_positions:
+            raise ValueError(
+                f"interleave_every {self.interleave_every} must be from 1 to n_positions {self.n_positions}."
+            )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import megacocomix.hf
-from megacocomix.checkpoint.hf_names import gpt2_config, to_hf, write_hf_weights
+from megacocomix.checkpoint.hf_names import COCOMIX_FORMAT, gpt2_config, to_hf, write_hf_weights
 from megacocomix.checkpoint.open import LoadedModel
 from megacocomix.checkpoint.tensors import DTYPES
 from megacocomix.config.method import ARCHITECTURE
@@ -86,7 +86,7 @@ def to_cocomix(source: LoadedModel) -> "CocomixForCausalLM":
     values |= {"model_type": "cocomix", "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if source.model.concept is None:
         values |= {"predict": "nothing", "mix": "nothing", "insertion_layer": 0}
-    model = CocomixForCausalLM(CocomixConfig.from_dict(values))
+    model = CocomixForCausalLM(CocomixConfig(**values))
     state = dict(to_hf(name, value.detach(), source.shape.num_heads) for name, value in source.model.named_parameters())
     model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]})
     return model.eval()
@@ -104,6 +104,7 @@ def _config(source: LoadedModel) -> dict:
             "AutoConfig": "configuration_cocomix.CocomixConfig",
             "AutoModelForCausalLM": "modeling_cocomix.CocomixForCausalLM",
         },
+        "cocomix_format": COCOMIX_FORMAT,
         **{key: getattr(source.model.method, key) for key in ARCHITECTURE},
     } | sizes
 

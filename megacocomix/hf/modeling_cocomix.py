@@ -22,13 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 
 from .configuration_cocomix import CocomixConfig
 
 STANDARDIZE_EPS = 1e-5
+# With label smoothing, Trainer shifts the labels only for the classes in this table: others would learn to copy.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["cocomix"] = "CocomixForCausalLM"
 
 
 def visible_slots(keys_BS, num_queries):
@@ -41,6 +45,12 @@ def visible_slots(keys_BS, num_queries):
     key = torch.arange(num_keys, device=keys_BS.device)
     query = torch.arange(num_keys - num_queries, num_keys, device=keys_BS.device)[:, None]
     return ((key <= query) & keys_BS[:, None, None]) | (key == query)
+
+
+def predicting_rows(x_BSD, has_slot_BT1):
+    """Slots [B, 2·T, D] → the row of each token that predicts the next one, [B, T, D]: its concept's slot, or the token
+    itself if it has none. `has_slot_BT1` is None if all tokens have one."""
+    return x_BSD[:, 1::2] if has_slot_BT1 is None else torch.where(has_slot_BT1, x_BSD[:, 1::2], x_BSD[:, ::2])
 
 
 class CocomixAttention(nn.Module):
@@ -90,7 +100,7 @@ class CocomixMLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x_BSD), approximate="tanh")))
 
 
-class CocomixBlock(nn.Module):
+class CocomixBlock(GradientCheckpointingLayer):
     """A pre-LayerNorm transformer block: [B, S, D] → [B, S, D]."""
 
     def __init__(self, config, layer):
@@ -100,9 +110,10 @@ class CocomixBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = CocomixMLP(config)
 
-    def forward(self, x_BSD, visible, cache):
-        """[B, S, D] → [B, S, D]; adds the new keys and values to `cache`, if it is not None."""
-        x_BSD = x_BSD + self.attn(self.ln_1(x_BSD), visible, cache)
+    def forward(self, x_BSD, visible, past_key_values=None):
+        """[B, S, D] → [B, S, D]; adds the new keys and values to the cache. Gradient checkpointing leaves the cache
+        out, with a warning: it looks for this name."""
+        x_BSD = x_BSD + self.attn(self.ln_1(x_BSD), visible, past_key_values)
         return x_BSD + self.mlp(self.ln_2(x_BSD))
 
 
@@ -150,6 +161,7 @@ class CocomixTransformer(nn.Module):
         if config.predict == "concepts":
             self.concept_predictor = nn.Linear(config.n_embd, config.num_concepts)
             if config.mix == "predicted":
+                self.num_concepts = config.num_concepts
                 self.top_k = CocomixTopK(config)
                 self.compress_layer = nn.Linear(config.num_concepts, config.n_embd)
         elif config.predict == "hidden":
@@ -159,14 +171,14 @@ class CocomixTransformer(nn.Module):
         self.pause_vector = nn.Parameter(torch.empty(1, config.n_embd)) if config.mix == "pause" else None
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def forward(self, tokens_BT, mask_BN, cache):
-        """int64 [B, T] and the mask of all tokens (None: nothing cached, no padding) → (hidden states before the head
-        [B, T, D], concept logits [B, T, C] or None)."""
-        num_tokens = tokens_BT.shape[1]
+    def forward(self, embeds_BTD, mask_BN, cache, output_hidden_states):
+        """Token embeddings [B, T, D] and the mask of all tokens (None: nothing cached, no padding) → (hidden states
+        before the head [B, T, D], concept logits [B, T, C] or None, all hidden states or None)."""
+        num_tokens = embeds_BTD.shape[1]
         if mask_BN is None and self.interleaves and self.every > 1:
-            mask_BN = torch.ones_like(tokens_BT)  # nothing may attend to a slot that a token does not have
+            mask_BN = embeds_BTD.new_ones(embeds_BTD.shape[:2])  # nothing may attend to a slot that a token has not
         if mask_BN is None:
-            positions = torch.arange(num_tokens, device=tokens_BT.device)
+            positions = torch.arange(num_tokens, device=embeds_BTD.device)
             visible, has_slot_BT1 = {1: None, 2: None}, None
         else:
             mask_BN = mask_BN.bool()
@@ -175,14 +187,16 @@ class CocomixTransformer(nn.Module):
             slots_BS = torch.stack((mask_BN, mask_BN & has_slot_BN), dim=-1).flatten(1)
             positions, has_slot_BT1 = positions_BN[:, -num_tokens:], has_slot_BN[:, -num_tokens:, None]
             visible = {1: visible_slots(mask_BN, num_tokens), 2: visible_slots(slots_BS, 2 * num_tokens)}
-        x, concept_logits_BTC = self.drop(self.wte(tokens_BT) + self.wpe(positions)), None
+        x, concept_logits_BTC, states = self.drop(embeds_BTD + self.wpe(positions)), None, ()
+        tokens_of = lambda x: x if x.shape[1] == num_tokens else predicting_rows(x, has_slot_BT1)
         for layer, block in enumerate(self.h):
+            if output_hidden_states:
+                states += (tokens_of(x),)
             if layer == self.insertion_layer:
                 x, concept_logits_BTC = self.mix(x)
-            x = block(x, visible[block.attn.num_slots], cache)
-        if self.interleaves:  # a token's slot predicts its next token, if it has a slot
-            x = x[:, 1::2] if has_slot_BT1 is None else torch.where(has_slot_BT1, x[:, 1::2], x[:, ::2])
-        return self.ln_f(x), concept_logits_BTC
+            x = block(x, visible[block.attn.num_slots], past_key_values=cache)
+        x = self.ln_f(tokens_of(x))
+        return x, concept_logits_BTC, (*states, x) if output_hidden_states else None
 
     def mix(self, x_BTD):
         """Insert each token's concept vector after it, or add it: [B, T, D] → ([B, 2T, D] or [B, T, D], concept logits
@@ -210,13 +224,13 @@ class CocomixTransformer(nn.Module):
 
     def compress(self, value_BTK, index_BTK):
         """The K largest logits → a weighted sum of their K columns, [B, T, D], without a dense product over C."""
-        rows = F.embedding_bag(
-            index_BTK.flatten(0, 1),
-            self.compress_layer.weight.T,
-            mode="sum",
-            per_sample_weights=value_BTK.flatten(0, 1),
-        )
-        return rows.unflatten(0, index_BTK.shape[:2]) + self.compress_layer.bias
+        layer = self.compress_layer
+        if type(layer) is not nn.Linear:  # an adapter, say: it computes more than its weight does
+            zeros_BTC = value_BTK.new_zeros(*value_BTK.shape[:2], self.num_concepts)
+            return layer(zeros_BTC.scatter(-1, index_BTK, value_BTK))
+        # Autocast casts both operands of a product, but not those of embedding_bag. That has no gradient in bf16 on
+        # CUDA before torch 2.13 either, and is slower.
+        return (value_BTK.unsqueeze(-2) @ layer.weight.T[index_BTK]).squeeze(-2) + layer.bias
 
 
 @dataclass
@@ -232,10 +246,12 @@ class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = CocomixConfig
     base_model_prefix = "transformer"
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _no_split_modules = ["CocomixBlock"]
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config):
+        config.check()
         super().__init__(config)
         self.transformer = CocomixTransformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -263,46 +279,78 @@ class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids,
+        input_ids=None,
         attention_mask=None,
         past_key_values=None,
+        inputs_embeds=None,
         labels=None,
         use_cache=None,
+        output_hidden_states=None,
         logits_to_keep=0,
         output_concept_logits=False,
+        num_items_in_batch=None,
+        **unknown,
     ):
         """int64 tokens [B, T] → CocomixOutput.
 
         - `attention_mask` [B, N]: 0 at padding, over cached and new tokens. Positions are counted from it.
         - `past_key_values`: a DynamicCache, which grows by the new tokens.
-        - `labels` [B, T]: usually `input_ids`; -100 is ignored. `loss` is the mean over all tokens but the first.
-        - `logits_to_keep`: compute logits only for this many last tokens (0: all).
+        - `inputs_embeds` [B, T, D]: token embeddings, in place of `input_ids`.
+        - `labels` [B, T]: usually `input_ids`; -100 is ignored. `loss` is the mean over all tokens but the first, or
+          their sum over `num_items_in_batch`, as Trainer asks for when it accumulates gradients.
+        - `output_hidden_states`: as GPT-2's, n_layer + 1 entries [B, T, D]: what each block reads, before a concept is
+          mixed in, and the head's input. Above `insertion_layer`, the row of a token that predicts the next one.
+        - `logits_to_keep`: compute logits only for this many last tokens (0: all), or for these positions.
+
+        Raises ValueError for any other argument, unless it is None or False: there are no attention weights, no
+        segments, and no positions but those counted.
         """
-        num_tokens = input_ids.shape[1]
+        unknown.pop("cache_position", None)  # generate() of transformers 5.0: what the cache says too
+        unknown.setdefault("output_attentions", self.config.output_attentions)
+        if refused := [name for name, value in unknown.items() if value is not None and value is not False]:
+            raise ValueError(f"{type(self).__name__} does not take {', '.join(refused)}.")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if past_key_values is not None and past_key_values.is_compileable:
+            raise ValueError("past_key_values must be a DynamicCache: static caches are not supported.")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        batch, num_tokens = given.shape[:2]
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         num_all = num_cached + num_tokens
         if num_all > self.config.n_positions:
             raise ValueError(f"{num_all} tokens do not fit the context of {self.config.n_positions}.")
+        is_checkpointed = self.training and self.transformer.h[0].gradient_checkpointing
+        if num_cached and is_checkpointed:
+            raise ValueError("past_key_values cannot be read under gradient checkpointing.")
         if attention_mask is None and num_cached:
-            attention_mask = torch.ones_like(input_ids[:, :1]).expand(-1, num_all)
-        if attention_mask is not None and attention_mask.shape != (len(input_ids), num_all):
+            attention_mask = given.new_ones(batch, num_all)
+        if attention_mask is not None and attention_mask.shape != (batch, num_all):
             raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)}, not {[len(input_ids), num_all]}: one row a text, "
-                "one column for each cached and each new token (static caches are not supported)."
+                f"attention_mask is {list(attention_mask.shape)}, not {[batch, num_all]}: one row a text, "
+                "one column for each cached and each new token."
             )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        x_BTD, concept_logits_BTC = self.transformer(input_ids, attention_mask, past_key_values)
-        logits_BTV = self.lm_head(x_BTD[:, -logits_to_keep:])
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if inputs_embeds is None:
+            inputs_embeds = self.transformer.wte(input_ids)
+        x_BTD, concept_logits_BTC, hidden_states = self.transformer(
+            inputs_embeds, attention_mask, past_key_values, output_hidden_states
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(x_BTD[:, kept])
         loss = None
         if labels is not None:
-            targets = labels[:, 1:].flatten()
-            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), targets)
+            loss = self.loss_function(
+                logits_BTV, labels, vocab_size=logits_BTV.shape[-1], num_items_in_batch=num_items_in_batch
+            )
         return CocomixOutput(
             loss=loss,
             logits=logits_BTV,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=past_key_values if use_cache and not is_checkpointed else None,
+            hidden_states=hidden_states,
             concept_logits=concept_logits_BTC if output_concept_logits else None,
         )

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import tiny
 from megacocomix.errors import UserError
+from megacocomix.hf.configuration_cocomix import METHOD, SIZES
 from megacocomix.hf.export import export_hf
 from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
 from megacocomix.hf.open import open_model
@@ -87,6 +88,52 @@ def test_sizes_that_do_not_fit_each_other_are_refused(tmp_path, key, value, what
     with pytest.raises(UserError, match=what) as error:
         open_model(tmp_path / "out")
     assert all(str(tmp_path / "out") in problem for problem in error.value.problems)
+
+
+def change_config(folder, change):
+    file = folder / "config.json"
+    values = json.loads(file.read_text())
+    change(values)
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"cocomix_format": 2}, "cocomix_format 2; 1 can be read"),
+        ({"predict": "words"}, "predict"),
+        ({"predict": None}, "lacks predict"),
+        ({"placement": "ad"}, "placement"),
+        ({"num_kept": "4"}, "num_kept"),
+        ({"num_kept": 4.0}, "num_kept"),
+        ({"n_layer": "3"}, "num_layers"),
+        ({"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'"),
+    ],
+)
+def test_a_value_that_we_do_not_know_is_refused_by_its_name(tmp_path, values, what):
+    export_hf(tiny.loaded(), tmp_path / "out", "gpt2")
+    change_config(tmp_path / "out", lambda config: config.update(values))
+    with pytest.raises(UserError, match=what) as error:
+        open_model(tmp_path / "out")
+    assert len(error.value.problems) == 1 and str(tmp_path / "out") in error.value.problems[0]
+
+
+@pytest.mark.parametrize("key", [*METHOD, *SIZES])
+def test_a_missing_option_or_size_is_refused_by_its_name(tmp_path, key):
+    export_hf(tiny.loaded(), tmp_path / "out", "gpt2")
+    change_config(tmp_path / "out", lambda config: config.pop(key))
+    with pytest.raises(UserError, match=key):
+        open_model(tmp_path / "out")
+
+
+def test_a_folder_of_the_first_exports_opens_as_what_it_was(tmp_path):
+    export_hf(tiny.loaded(), tmp_path / "out", "gpt2")
+    expected = open_model(tmp_path / "out").model(TOKENS).logits
+    later = ("cocomix_format", "predict", "mix", "placement", "interleave_every", "target_size")
+    change_config(tmp_path / "out", lambda config: [config.pop(key) for key in later])
+    assert torch.equal(open_model(tmp_path / "out").model(TOKENS).logits, expected)
+    assert torch.equal(CocomixForCausalLM.from_pretrained(tmp_path / "out").eval()(TOKENS).logits, expected)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"a: 1\na: 2"], ids=["binary", "broken", "twice"])

@@ -25,7 +25,7 @@ from megacocomix.checkpoint.external.source import (
     method_from_hints,
     parameter_shapes,
 )
-from megacocomix.checkpoint.hf_names import from_hf, hf_shapes
+from megacocomix.checkpoint.hf_names import COCOMIX_FORMAT, from_hf, hf_shapes
 from megacocomix.checkpoint.tensors import FLOATS, WRAPPED, SafetensorFiles, sharded_files, unwrapped_name
 from megacocomix.config.method import ARCHITECTURE, MethodConfig
 from megacocomix.config.schema import ModelConfig
@@ -37,6 +37,8 @@ from megacocomix.model.gpt2 import LAYER_NORM_EPS
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # takes seconds, and few callers need it
 
+# The only options that the first exports recorded. Those models have the defaults of the others.
+FIRST_OPTIONS = ("insertion_layer", "num_concepts", "num_kept")
 HEAD = "lm_head.weight"
 # Heads of other tasks, which a causal LM does not compute.
 OTHER_HEADS = re.compile(r"(?:score|classifier|multiple_choice_head|qa_outputs|v_head)\..+")
@@ -55,9 +57,12 @@ def open_hf(folder: Path, hints: Hints) -> Source:
     values = config_json(folder)
     if values["model_type"] != "cocomix":
         return open_hf_named("Hugging Face GPT-2", folder, store, shape, _with_published_config(folder, hints))
-    recorded = {key: values[key] for key in ARCHITECTURE if key in values}
-    if missing := {"insertion_layer", "num_concepts", "num_kept"} - recorded.keys():
-        raise UserError(f"{folder}/config.json lacks {' '.join(sorted(missing))}.")
+    if (version := values.get("cocomix_format", COCOMIX_FORMAT)) != COCOMIX_FORMAT:
+        raise UserError(f"{folder}/config.json has cocomix_format {version!r}; {COCOMIX_FORMAT} can be read.")
+    recorded = {key: values[key] for key in ARCHITECTURE if values.get(key) is not None}
+    required = FIRST_OPTIONS if values.keys().isdisjoint(set(ARCHITECTURE) - set(FIRST_OPTIONS)) else ARCHITECTURE
+    if missing := [key for key in required if key not in recorded]:
+        raise UserError(f"{folder}/config.json lacks {' '.join(missing)}.")
     try:
         method = MethodConfig(name="cocomix", **recorded).resolved()
     except ValueError as error:
@@ -184,6 +189,7 @@ def hf_shape(folder: Path) -> ModelConfig:
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": True,
+        "quantization_config": None,
     }
     for key, value in expected.items():
         if values.get(key, value) != value and not (key == "n_inner" and values[key] == 4 * shape.hidden_size):
