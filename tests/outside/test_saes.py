@@ -23,7 +23,8 @@ from external_saes import (
 )
 from safetensors.torch import load_file, save_file
 
-from megacocomix.data.documents import find_sources, read_documents
+from megacocomix.data.documents import read_documents
+from megacocomix.data.sources import find_sources
 from megacocomix.errors import UserError
 from megacocomix.sae.convert import SAEConversion, convert_sae
 from megacocomix.sae.file import load_sae, save_sae

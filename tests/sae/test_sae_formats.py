@@ -233,7 +233,7 @@ def test_damaged_files_are_named(tmp_path):
         read_external_sae(tmp_path / "h.1")
     write_saelens(tmp_path / "lens", SAELENS_6)
     (tmp_path / "lens/cfg.json").write_text("{")
-    with pytest.raises(UserError, match=r"cfg\.json is damaged"):
+    with pytest.raises(UserError, match=r"cfg\.json is truncated or damaged"):
         read_external_sae(tmp_path / "lens")
 
 
