@@ -17,6 +17,8 @@ def check_config(config: Config, world: int) -> None:
 
 def _problems(config: Config, world: int):
     optimizer, training = config.optimizer, config.training
+    if not config.run:
+        yield "run is empty: name a folder, such as run=runs/mine."
     yield from architecture_problems(config.model, config.method)
     yield from _method_problems(config)
     if optimizer.min_lr > optimizer.lr:
