@@ -16,11 +16,11 @@ from megacocomix.config.method import PRESETS
 from megacocomix.config.schema import Config, section_type
 from megacocomix.errors import run_cli
 
-
-VALUES = """Files are read by the core schema of YAML 1.2: `010` is ten, `0o10` eight, `1e-4` a number; booleans are `true` and `false`;
-`on`, `1:30`, `1_000` and `2024-01-01` are text. On the command line a text option takes everything after the `=` as it is, also `#`,
-`:`, quotes and leading zeros; only where an option may be null, `null`, `~` and nothing mean null. A list is written as
-`[a, b]`."""
+VALUES = """\
+Files are read by the core schema of YAML 1.2: `010` is ten, `0o10` eight, `1e-4` a number; booleans are `true` and
+`false`; `on`, `1:30`, `1_000` and `2024-01-01` are text. On the command line a text option takes everything after the
+`=` as it is, also `#`, `:`, quotes and leading zeros; only where an option may be null, `null`, `~` and nothing mean
+null. A list is written as `[a, b]`."""
 
 
 def options_page() -> str:

@@ -1,10 +1,13 @@
 """Values of recipes, plans and the command line, by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3)."""
 
+import json
 import math
 
 import pytest
 import yaml
 
+from megacocomix.checkpoint.format import CHECKPOINT_FORMAT, CHECKPOINT_VERSION
+from megacocomix.checkpoint.open import model_tokenizer
 from megacocomix.config.load import dump_config, load_config
 from megacocomix.config.rules import check_config
 from megacocomix.config.yaml_text import dump_yaml, parse_yaml
@@ -182,3 +185,10 @@ def test_names_of_concepts_may_be_words_that_were_booleans(tmp_path):
     names = tmp_path / "names.yaml"
     names.write_text("010: on\n9: 2024-01-01\n")
     assert read_names(names, 64) == {10: "on", 9: "2024-01-01"}
+
+
+def test_the_tokenizer_of_a_checkpoint_is_read_as_json(tmp_path):
+    manifest = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "files": {}, "state": {}, "inputs": {}}
+    name = "tokenizers/\U0001f642 #1"
+    (tmp_path / "checkpoint.json").write_text(json.dumps(manifest | {"config": {"data": {"tokenizer": name}}}))
+    assert model_tokenizer(tmp_path) == name
