@@ -14,7 +14,7 @@ import yaml
 import tiny
 from jobs import train_all
 from megacocomix.errors import UserError
-from megacocomix.launchers import child_environment, find_place, is_first, set_address, set_ranks
+from megacocomix.launchers import OWN, child_environment, find_place, is_first, set_address, set_ranks
 from processes import run_processes
 
 OPEN_MPI = {
@@ -306,17 +306,25 @@ def losses(folder, run):
     return [(line["step"], line.get("loss"), line.get("valid_loss"), line.get("grad_norm")) for line in lines]
 
 
+def train_as(launcher, config):
+    """A rank of run_processes, with the variables of the launcher instead."""
+    rank = int(os.environ["RANK"])
+    for name in OWN:
+        os.environ.pop(name, None)
+    os.environ.update(filled(launcher, rank))
+    return train_all([config])
+
+
 @pytest.mark.slow
-def test_two_processes_of_a_launcher_train_the_run_of_torchrun(root, folder, recipe):
-    run_processes(2, train_all, [tiny.config(folder, "torchrun")])
-    for name in ("Open MPI", "srun"):
-        job = {"PMIX_NAMESPACE": str(time.time_ns()), "SLURM_JOB_ID": str(time.time_ns())}
-        run = name.replace(" ", "")
-        command = [root / "launcher/pretrain.py", "--config", recipe, f"run={folder / run}"]
-        codes, out, err = start(command, LAUNCHERS[name] | {key: job[key] for key in job if key in LAUNCHERS[name]})
-        assert codes == [0, 0], err
-        assert "on 2 process(es)" in out[0]
-        assert losses(folder, run) == losses(folder, "torchrun")
+@pytest.mark.parametrize("name", ["Open MPI", "MPICH", "srun"])
+def test_two_processes_of_a_launcher_train_the_run_of_torchrun(folder, name):
+    if not (folder / "torchrun").exists():
+        run_processes(2, train_all, [tiny.config(folder, "torchrun")])
+    job = {"PMIX_NAMESPACE": str(time.time_ns()), "SLURM_JOB_ID": str(time.time_ns())}
+    launcher = LAUNCHERS[name] | {key: job[key] for key in job if key in LAUNCHERS[name]}
+    run_processes(2, train_as, launcher, tiny.config(folder, name))
+    assert 'world": 2' in (folder / name / "code.json").read_text()
+    assert losses(folder, name) == losses(folder, "torchrun")
 
 
 def test_a_job_whose_ranks_are_contradictory_trains_nothing_and_says_so_once(root, folder, recipe):
