@@ -4,6 +4,7 @@
     deepspeed launcher/pretrain.py --config configs/1.38b.yaml
     torchrun --nproc-per-node 8 launcher/pretrain.py --config configs/386m.yaml training.micro_batch=16
     python launcher/pretrain.py --config configs/tiny.yaml method.name=ntp run=runs/control
+    mpirun -n 2 python launcher/pretrain.py --config configs/tiny.yaml      srun starts it in the same way
 
 Exit codes: 0 finished, 2 an error in the config or its files, 75 saved and stopped on a signal, 1 any other error.
 torchrun turns 2 and 75 into 1. Under deepspeed, send the signal to the processes of pretrain.py.
@@ -16,12 +17,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# Before torch is imported: otherwise each of several processes on one host would use every core. torchrun gives their
-# number in LOCAL_WORLD_SIZE, deepspeed in LOCAL_SIZE.
-processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-from megacocomix.config.load import load_config  # noqa: E402
-from megacocomix.errors import EXIT_USER, UserError, print_errors, run_cli  # noqa: E402
+from megacocomix.config.load import load_config
+from megacocomix.errors import EXIT_USER, UserError, print_errors, run_cli
+from megacocomix.launchers import set_ranks
 
 
 def main() -> None:
@@ -32,13 +30,14 @@ def main() -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change an option of the recipe")
     options = parser.parse_intermixed_args()
+    place = set_ranks()  # before torch is imported
     config = load_config(options.config, options.overrides)
 
     from megacocomix.config.rules import check_config
     from megacocomix.parallel.runtime import start_runtime, stop_runtime
 
     # Before the processes connect, which takes time and may fail for other reasons.
-    check_config(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_config(config, place.size)
     runtime = start_runtime()
     from megacocomix.signals import NUMBERS
     from megacocomix.training.trainer import train
@@ -60,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, is_parallel=True)

@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -33,10 +34,14 @@ def print_errors(error: UserError) -> None:
     print("\n".join(f"error: {line}" for line in error.problems), file=sys.stderr, flush=True)
 
 
-def run_cli(main: Callable[[], int | None]) -> None:
+def run_cli(main: Callable[[], int | None], is_parallel: bool = False) -> None:
     """Run a command line's `main` and exit with its code. A UserError, or a file that cannot be read or written, is
-    printed on stderr and exits with 2."""
+    printed on stderr and exits with 2. Unless the command `is_parallel`, it is refused in one of several processes."""
+    from megacocomix.launchers import check_alone, is_first  # which imports UserError
+
     try:
+        if not is_parallel:
+            check_alone(Path(sys.argv[0]).name)
         code = main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output, such as head, has ended
@@ -44,7 +49,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = EXIT_FAILED
     except UserError as error:
         # The ranks of a job may not be connected yet. Usually all of them have the same error, so only rank 0 prints.
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print_errors(error)
         code = EXIT_USER
     except OSError as error:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 FLOORS = [
-    {"errors", "files", "hub", "pickles", "signals"},
+    {"errors", "files", "hub", "launchers", "pickles", "signals"},
     {"config"},
     {"model", "data"},
     {"parallel"},

@@ -16,12 +16,19 @@ from megacocomix.config.method import PRESETS
 from megacocomix.config.schema import Config, section_type
 from megacocomix.errors import run_cli
 
+VALUES = """\
+Files are read by the core schema of YAML 1.2: `010` is ten, `0o10` eight, `1e-4` a number; booleans are `true` and
+`false`; `on`, `1:30`, `1_000` and `2024-01-01` are text. On the command line a text option takes everything after the
+`=` as it is, also `#`, `:`, quotes and leading zeros; only where an option may be null, `null`, `~` and nothing mean
+null. A list is written as `[a, b]`."""
+
 
 def options_page() -> str:
     """The whole page as Markdown."""
     lines = ["# Options", ""]
     lines += ["Made by `tools/document_options.py` of the docstrings in `config/schema.py` and `config/method.py`.", ""]
     lines += ["A recipe is a YAML file with these sections; on the command line an option is `section.key=value`.", ""]
+    lines += [VALUES, ""]
     for name, field in Config.model_fields.items():
         section = section_type(name)
         if section is None:

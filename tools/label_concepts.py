@@ -13,15 +13,13 @@ Exit codes: 0 the cache is complete, or other processes are labelling the rest; 
 signal."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-from megacocomix.config.load import load_config  # noqa: E402
-from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, print_errors, run_cli  # noqa: E402
+from megacocomix.config.load import load_config
+from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, print_errors, run_cli
+from megacocomix.launchers import set_ranks
 
 
 def main() -> int:
@@ -32,6 +30,7 @@ def main() -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change an option of the recipe")
     options = parser.parse_intermixed_args()
+    place = set_ranks()  # before torch is imported
     config = load_config(options.config, options.overrides)
 
     import torch
@@ -40,11 +39,8 @@ def main() -> int:
     from megacocomix.teacher.label_job import label_all
 
     check_config(config, config.parallel.tensor * config.parallel.pipeline)
-    rank, world, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    report = label_all(config, options.out, device, rank, world)
+    device = torch.device("cuda", place.local_rank or 0) if torch.cuda.is_available() else torch.device("cpu")
+    report = label_all(config, options.out, device, place.rank, place.size)
     print(
         f"{options.out}: {report.num_labelled:,} windows labelled by this process; {report.num_held:,} of "
         f"{report.num_windows:,} have labels" + ("; stopped on a signal" if report.is_stopped else ""),
@@ -57,4 +53,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, is_parallel=True)

@@ -1,21 +1,17 @@
 """Train the sparse autoencoder that defines a teacher's concepts, on the teacher's residual over token shards."""
 
 import argparse
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacocomix.config.schema import Location
 from megacocomix.data.binary import RAW_DTYPES
 from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, print_errors, run_cli
-from megacocomix.parallel.runtime import errors_on_all_ranks, start_runtime, stop_runtime
-from megacocomix.sae.job import SAEJob, SAERun, plot_sae_training
+from megacocomix.launchers import set_ranks
 
 EXAMPLE = """example:
   python tools/train_sae.py --teacher teachers/gpt2 --data data/openwebtext/train --valid data/openwebtext/valid \\
@@ -29,13 +25,21 @@ same command resumes from FILE.resume. Exit code 75 means that a signal stopped 
 
 def main() -> int:
     """Parse the command line, train, plot, and print the measurements."""
-    job = SAEJob(**vars(parse_arguments()))
+    arguments = parse_arguments()
+    place = set_ranks()  # before torch is imported
+
+    import torch
+
+    from megacocomix.parallel.runtime import errors_on_all_ranks, start_runtime, stop_runtime
+    from megacocomix.sae.job import SAEJob, SAERun, plot_sae_training
+
+    job = SAEJob(**vars(arguments))
     # A single process needs no process group.
-    runtime = start_runtime() if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+    runtime = start_runtime() if place.size > 1 else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = (runtime.device, runtime.rank, runtime.world) if runtime else (device,)
+    here = (runtime.device, runtime.rank, runtime.world) if runtime else (device,)
     with errors_on_all_ranks() if runtime else nullcontext():
-        run = SAERun(job, *place)
+        run = SAERun(job, *here)
     try:
         is_finished = run.train()
     except UserError as error:
@@ -95,4 +99,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, is_parallel=True)

@@ -131,7 +131,8 @@ def model_tokenizer(path: str | Path) -> str | None:
         return carried
     for name, keys in (("config.yaml", ("data", "tokenizer")), (CHECKPOINT_FILE, ("config", "data", "tokenizer"))):
         if (path / name).is_file():
-            value = read_yaml(path / name)
+            # Not all JSON is YAML: a character beyond 16 bits is two escapes in JSON.
+            value = read_yaml(path / name) if name == "config.yaml" else read_checkpoint_manifest(path)
             for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None  # a config.yaml need not be ours
             return value if isinstance(value, str) else None

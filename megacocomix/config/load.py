@@ -5,13 +5,13 @@ import copy
 from collections.abc import Collection
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from megacocomix.config.method import COCOMIX, PRESETS
+from megacocomix.config.overrides import Override, parse_override
 from megacocomix.config.renamed import RENAMED
 from megacocomix.config.schema import Config, section_type
-from megacocomix.config.yaml_text import parse_yaml, read_yaml
+from megacocomix.config.yaml_text import dump_yaml, read_yaml
 from megacocomix.errors import UserError, nearest
 
 
@@ -21,9 +21,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     file = read_yaml(Path(path))
     if not isinstance(file, dict):
         raise UserError(f"{path} is not a config: expected sections such as model and training.")
-    parsed = [_parse_override(override) for override in overrides]
-    overridden = {".".join(filter(None, (section, key))) for section, key, _ in parsed}
-    return build_config(_merge_layers(file, parsed), str(path), overridden)
+    parsed = [parse_override(override) for override in overrides]
+    return build_config(_merge_layers(file, parsed), str(path), {override.name for override in parsed})
 
 
 def build_config(values: dict, name: str = "config", overridden: Collection[str] = ()) -> Config:
@@ -33,7 +32,10 @@ def build_config(values: dict, name: str = "config", overridden: Collection[str]
         config = Config.model_validate(values)
     except ValidationError as error:
         problems = [(".".join(map(str, problem["loc"])), problem) for problem in error.errors()]
-        lines = [f"{'override' if where in overridden else name}: {_explain(problem)}" for where, problem in problems]
+        lines = [
+            f"{'override' if _is_within(where, overridden) else name}: {_explain(problem)}"
+            for where, problem in problems
+        ]
         if any(where in RENAMED and where not in overridden for where, _ in problems):
             lines.append("tools/upgrade_config.py translates recipes, sweep plans, runs and checkpoints.")
         raise UserError(*lines) from None
@@ -42,19 +44,10 @@ def build_config(values: dict, name: str = "config", overridden: Collection[str]
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML. `load_config` reads the same config back from it."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
-def _parse_override(override: str) -> tuple[str, str, object]:
-    """`section.key=value` → section, key (empty for a plain key such as run) and value."""
-    name, equals, text = override.partition("=")
-    section, _, key = name.partition(".")
-    if not equals or not section or name.endswith("."):
-        raise UserError(f"override {override!r} is not section.key=value, such as training.steps=100.")
-    return section, key, parse_yaml(text, f"override {name}")
-
-
-def _merge_layers(file: dict, overrides: list[tuple[str, str, object]]) -> dict:
+def _merge_layers(file: dict, overrides: list[Override]) -> dict:
     """All layers as one config. The preset that the file names is missing: `_resolve_defaults` fills it in later, where
     an option is still null."""
     preset = {}
@@ -95,6 +88,11 @@ def _resolve_defaults(config: Config) -> Config:
     return config.model_copy(
         update={section: getattr(config, section).with_defaults(values) for section, values in defaults.items()}
     )
+
+
+def _is_within(where: str, names: Collection[str]) -> bool:
+    """Whether an option, or an element of its list, is among `names` or in a section that is."""
+    return any(f"{where}.".startswith(f"{name}.") for name in names)
 
 
 def _explain(problem: dict) -> str:

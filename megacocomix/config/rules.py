@@ -1,7 +1,6 @@
 """The rules between options. All problems come in one report, each with a remedy."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from megacocomix.config.method import MethodConfig
 from megacocomix.config.schema import Config, ModelConfig
@@ -17,6 +16,8 @@ def check_config(config: Config, world: int) -> None:
 
 def _problems(config: Config, world: int):
     optimizer, training = config.optimizer, config.training
+    if not config.run:
+        yield "run is empty: name a folder, such as run=runs/mine."
     yield from architecture_problems(config.model, config.method)
     yield from _method_problems(config)
     if optimizer.min_lr > optimizer.lr:
@@ -28,8 +29,6 @@ def _problems(config: Config, world: int):
         yield f"training.stop_after {training.stop_after} exceeds training.steps. Nearest valid: {training.steps}."
     if config.evaluation.tasks_every and not config.evaluation.tasks:
         yield "evaluation.tasks_every needs evaluation.tasks, but there are none. Use null."
-    if config.logging.tensorboard and not find_spec("tensorboard"):
-        yield "logging.tensorboard needs the package tensorboard: pip install 'megacocomix[tensorboard]'."
     yield from _layout_problems(config, world)
 
 

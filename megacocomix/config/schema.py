@@ -185,9 +185,9 @@ class LoggingConfig(Section):
     every: Positive = 50
     """Steps between lines of training metrics."""
     wandb: bool = False
-    """Log to Weights & Biases. Without a key it logs offline, under the run folder."""
+    """Log to Weights & Biases. Without a key, or if the service fails, it logs offline, under the run folder."""
     tensorboard: bool = False
-    """Write TensorBoard events under RUN/tensorboard."""
+    """Write TensorBoard events under RUN/tensorboard. Needs the package tensorboard."""
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""The processes of a run: this process's rank and device. Works under deepspeed, torchrun and plain python."""
+"""The processes of a run: this process's rank and device. Works under plain python and all of launchers.py."""
 
 import os
 import random
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megacocomix.errors import UserError
+from megacocomix.launchers import set_address, set_ranks
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,12 @@ class Runtime:
 
 
 def start_runtime() -> Runtime:
-    """Join the job that the launcher's environment describes, or start a job of one process. Raises UserError if the
-    other processes cannot be reached."""
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        raise UserError("srun started several processes without ranks: start torchrun or deepspeed instead.")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    # DeepSpeed reads these variables too. Without DS_ACCELERATOR it would choose an accelerator itself.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
+    """Join the job that the launcher's environment describes, or start a job of one process. Raises UserError if that
+    environment is contradictory, or the other processes cannot be reached."""
+    place = set_ranks()  # in the environment, where DeepSpeed reads them
+    set_address(place)
+    rank, world, local_rank = place.rank, place.size, place.local_rank or 0
+    # Without DS_ACCELERATOR, DeepSpeed would choose an accelerator itself.
     has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     os.environ["DS_ACCELERATOR"] = "cuda" if has_gpu else "cpu"
     if has_gpu and local_rank >= torch.cuda.device_count():
@@ -52,6 +51,9 @@ def start_runtime() -> Runtime:
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         except (dist.DistError, ValueError, RuntimeError) as error:
+            if "EADDRINUSE" in str(error):
+                port = os.environ["MASTER_PORT"]
+                raise UserError(f"MASTER_PORT {port} of this host is in use: export another one.") from None
             raise UserError(f"rank {rank} of {world} could not connect to the others: {error}") from None
     return Runtime(rank, world, torch.device("cuda", local_rank) if has_gpu else torch.device("cpu"))
 

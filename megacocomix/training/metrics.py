@@ -1,11 +1,11 @@
-"""Metrics of a run: RUN/metrics.jsonl and the console, and optionally Weights & Biases and TensorBoard."""
+"""Metrics of a run: RUN/metrics.jsonl and the console; sinks.py holds the optional copies."""
 
 import json
+import logging
 import math
-import os
 import resource
 import sys
-import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from megacocomix.config.schema import Config
 from megacocomix.errors import UserError
+from megacocomix.training.sinks import Sinks
 
+log = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -25,9 +27,9 @@ class MetricsLog:
 
     def __init__(self, run: Path, config: Config, first_step: int):
         self._file = _open_after_whole_lines(run / METRICS_FILE)
+        logged = list(_records(run))
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
-        self._wandb = _start_wandb(run, config) if config.logging.wandb else None
-        self._board = _start_tensorboard(run) if config.logging.tensorboard else None
+        self._sinks = Sinks(run, config, first_step, logged, self._warn)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -74,10 +76,11 @@ class MetricsLog:
         """Flush and close everything."""
         self._progress.stop()
         self._file.close()
-        if self._wandb:
-            self._wandb.finish()
-        if self._board:
-            self._board.close()
+        self._sinks.close()
+
+    def _warn(self, line: str) -> None:
+        log.info(line)
+        self.print(line)
 
     def _write(self, record: dict) -> None:
         try:
@@ -85,22 +88,22 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._file.name} cannot be written: {error.strerror}.") from None
-        numbers = {key: value for key, value in record.items() if value is not None}
-        if self._wandb:
-            self._wandb.log(numbers, step=record["step"])
-        if self._board:
-            for key, value in numbers.items():
-                self._board.add_scalar(key, value, record["step"])
+        self._sinks.log({key: value for key, value in record.items() if value is not None})
 
 
 def is_validated(run: Path, step: int) -> bool:
-    """Whether a run's metrics hold the validation of a step."""
+    """Whether a run's metrics end with the validation of a step. An earlier one is void: the run went back and trained
+    that step again."""
+    last = next(reversed(list(_records(run))), {})
+    return last.get("step") == step and "valid_loss" in last
+
+
+def _records(run: Path) -> Iterator[dict]:
+    """The records of a run's metrics, without lines that a crash truncated."""
     file = run / METRICS_FILE
-    for line in reversed(file.read_bytes().splitlines() if file.is_file() else []):
-        with suppress(ValueError, AttributeError):  # a line that a crash truncated
-            if (record := json.loads(line)).get("step") == step and "valid_loss" in record:
-                return True
-    return False
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        with suppress(ValueError, TypeError):
+            yield dict(json.loads(line))
 
 
 def _open_after_whole_lines(path: Path):
@@ -117,31 +120,6 @@ def _open_after_whole_lines(path: Path):
 def numbers_only(record: dict) -> dict:
     """Replace infinity and NaN, which JSON does not have, by None."""
     return {key: value if value is None or math.isfinite(value) else None for key, value in record.items()}
-
-
-def _start_wandb(run: Path, config: Config):
-    import wandb
-
-    # The id is stored in the run folder, so that a resumed run continues its Weights & Biases run.
-    id_file = run / "wandb_id"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:8])
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False)
-    return wandb.init(
-        project="megacocomix",
-        name=run.name,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=run,
-        mode=os.environ.get("WANDB_MODE") or ("online" if has_key else "offline"),
-        config=config.model_dump(mode="json"),
-    )
-
-
-def _start_tensorboard(run: Path):
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(run / "tensorboard")
 
 
 # Dense bf16 peak of one device in FLOP/s, from the manufacturers' data sheets.

@@ -1,7 +1,6 @@
 """Benchmark tasks during training. A separate process scores a step's checkpoint while the ranks wait, so its memory
 and its errors do not affect the trainer. Its time does not count as training time."""
 
-import os
 import signal
 import subprocess
 import time
@@ -13,10 +12,9 @@ import torch.distributed as dist
 
 from megacocomix.config.schema import EvaluationConfig
 from megacocomix.evaluation.harness import evaluate_command
+from megacocomix.launchers import child_environment
 
 POLL_SECONDS = 0.5
-# Environment variables that would make the process a rank of this job.
-JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def score_tasks(
@@ -56,6 +54,5 @@ def score_tasks(
 def _start(checkpoint: Path, options: EvaluationConfig, log: Path) -> subprocess.Popen:
     tasks = ",".join(options.tasks)
     command = evaluate_command(checkpoint, tasks, options.tasks_data, limit=options.tasks_limit)
-    environment = {key: value for key, value in os.environ.items() if key not in JOB_VARIABLES}
     with open(log, "a") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment())
