@@ -70,8 +70,8 @@ def test_a_fitting_autoencoder_is_measured_and_recorded(root, job, shipped):
     assert (sae.info["sae_layer"], sae.info["location"], sae.info["context"]) == (3, "resid_post_mlp", 64)
     assert sae.info["teacher_sha256"] == file_sha256(root / "assets/teacher/model.safetensors")
     tokenizer = teacher_tokenizer(root / "assets/teacher")
-        assert sae.info["tokenizer_sha256"] == tokenizer.sha256
-        assert tokenizer.is_recorded_as(shipped.info["tokenizer_sha256"])  # by an earlier version
+    assert sae.info["tokenizer_sha256"] == tokenizer.sha256
+    assert tokenizer.is_recorded_as(shipped.info["tokenizer_sha256"])  # by an earlier version
     assert sae.info["source"] == {"format": "openai", "file": "3.pt", "sha256": file_sha256(job.source)}
     assert sae.info["measured"]["windows_of_256"]["fvu_standardized"] == done.fit[256].fvu_standardized
 
