@@ -25,6 +25,8 @@ import traceback
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 
+from megacocomix.launchers import child_environment
+
 PRELOADED = [
     "deepspeed",
     "megacocomix.training.trainer",
@@ -58,7 +60,8 @@ def run_processes(world, function, *arguments, timeout=600):
     """Call `function(*arguments)` in `world` fresh processes that know each other as a job of `world` ranks."""
     context = _context()
     results = context.Queue()
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = child_environment() | address | {"WORLD_SIZE": str(world)}
     processes = [
         context.Process(target=_work, args=(rank, environment, _Streams(), function, arguments, results), daemon=True)
         for rank in range(world)
@@ -143,6 +146,7 @@ def _adopt_streams(*streams):
 
 
 def _work(rank, environment, _streams, function, arguments, results):
+    os.environ.clear()
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     sys.stdout, sys.stderr = _Tagged(sys.stdout, rank), _Tagged(sys.stderr, rank)
     try:

@@ -116,10 +116,11 @@ def architecture_sha256(path: str | Path | Detected) -> str:
     kind, path, _ = detect(path)
     if kind == "hf":
         values = {key: value for key, value in config_json(path).items() if not RECORDS.fullmatch(key)}
+    elif kind == "native":  # without reading the weights
+        config = build_config(read_checkpoint_manifest(path)["config"], f"{path}/{CHECKPOINT_FILE}")
+        values = config.model.model_dump(exclude={"dropout"})
     else:
-        source = open_source(path)
-        values = {"model": source.shape.model_dump(), "method": source.method.model_dump()}
-        del values["model"]["dropout"]
+        values = open_source(path).shape.model_dump(exclude={"dropout"})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -11,7 +11,8 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -22,7 +23,7 @@ from megacocomix.data.sources import LeftOut, find_sources, source_files
 from megacocomix.data.tokenizer import Tokenizer, encode_in_parallel, load_tokenizer, train_sentencepiece
 from megacocomix.data.tokens import MANIFEST, ShardWriter, TokenShards, file_fingerprint, read_manifest, token_dtype
 from megacocomix.errors import UserError
-from megacocomix.files import write_json
+from megacocomix.files import file_sha256, write_json
 
 BATCH_CHARS = 2**18  # given to a worker at a time
 COMMIT_SECONDS = 10  # an interruption costs at most about this much work
@@ -98,7 +99,7 @@ def prepare_data(
     settings = {
         "tokenizer": {key: getattr(vocabulary, key) for key in ("name", "sha256", "eot_id")},
         "vocab_size": vocabulary.vocab_size,
-        "sources": _describe(sources),
+        "sources": _describe(sources, "sha256", file_sha256),
         "field": field,
         "valid": valid,
         "shard_tokens": shard_tokens,
@@ -106,8 +107,11 @@ def prepare_data(
     splits = ["valid", "train"] if valid else ["train"]  # train's manifest is written last: then all is complete
     if (out / "train" / MANIFEST).exists():
         found = read_manifest(out / "train")
-        if found["tokenizer"]["sha256"] == vocabulary.vocabulary_sha256:  # recorded by an earlier version
-            settings["tokenizer"]["sha256"] = found["tokenizer"]["sha256"]
+        # Earlier versions recorded the tokenizer's vocabulary, and of each source its size and first and last MiB.
+        if found["tokenizer"]["sha256"] == vocabulary.vocabulary_sha256:
+            settings["tokenizer"]["sha256"] = vocabulary.vocabulary_sha256
+        if any("fingerprint" in source for source in found.get("sources", ())):
+            settings["sources"] = _describe(sources, "fingerprint", file_fingerprint)
         _check_same(out, found, settings)
         for split in splits:
             TokenShards.open(out / split)
@@ -193,13 +197,15 @@ def _check_same(out: Path, found: dict, wanted: dict) -> None:
         )
 
 
-def _describe(sources: Sequence[Path | str]) -> list[dict]:
-    """Identifies the inputs by name and content, not by folder."""
+def _describe(sources: Sequence[Path | str], key: str, hash_file: Callable[[Path], str]) -> list[dict]:
+    """Identifies the inputs by name and content, not by folder. Files are hashed in parallel."""
+    files = [file for source in sources for file in source_files(source)]
+    with ThreadPoolExecutor() as pool:
+        hashes = dict(zip(files, pool.map(hash_file, files), strict=True))
     described = []
     for source in sources:
         described += [
-            {"name": file.name, "bytes": file.stat().st_size, "fingerprint": file_fingerprint(file)}
-            for file in source_files(source)
+            {"name": file.name, "bytes": file.stat().st_size, key: hashes[file]} for file in source_files(source)
         ] or [{"name": str(source)}]
     return described
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from math import ceil, exp, inf
+from math import ceil, exp, inf, isfinite
 from pathlib import Path
 
 import torch
@@ -74,6 +74,8 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int, dtype: str
             total += label_cross_entropy(logits_BTV, targets_BT1.to(opened.device)).item()
             progress.update(int((targets_BT1[:, 0] != MASKED).sum()))
     loss = total / (dataset.num_windows * (opened.context - 1))
+    if not isfinite(loss):
+        raise UserError(f"{folder}: the loss on {data} is {loss}: its weights are damaged, or its numbers overflow.")
     result = {
         "model": str(opened.path),
         "sha256": opened.sha256,

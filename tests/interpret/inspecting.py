@@ -15,9 +15,10 @@ def make_student(tmp_path, config=None, **method):
         name="numbers",
         vocab_size=tiny.VOCAB,
         eot_id=0,
-        sha256="",
+        vocabulary={},
         encode_batch=lambda texts: [[int(word) for word in text.replace("a", "1").split()] for text in texts],
         decode=lambda ids: "".join(f" {i}" for i in ids),
+        compute_sha256=lambda: "numbers",
     )
     return tiny.opened(tiny.loaded(**method), tokenizer, tmp_path / "step-00000006", "abc", config)
 

@@ -25,9 +25,10 @@ def make_student(**method):
         name="bytes",
         vocab_size=EOT + 1,
         eot_id=EOT,
-        sha256="",
+        vocabulary={},
         encode_batch=lambda texts: [list(text.encode()) for text in texts],
         decode=lambda ids: bytes(i for i in ids if i != EOT).decode(errors="replace"),
+        compute_sha256=lambda: "bytes",
     )
     return tiny.opened(tiny.loaded(vocab_size=EOT + 1, context=CONTEXT, **method), tokenizer, Path("runs/bytes"))
 

@@ -135,7 +135,7 @@ def test_a_file_of_names(tmp_path, file, text):
         ("n.yaml", "-1: website", "-1 is no concept"),
         ("n.yaml", "true: website", "True is no concept"),
         ("n.yaml", "word: website", "'word' is no concept"),
-        ("n.yaml", "5: on", "the name of 5 is True"),
+        ("n.yaml", "5: true", "the name of 5 is True"),
         ("n.yaml", "5: ''", "the name of 5 is ''"),
         ("n.yaml", "5: [a]", "the name of 5 is ['a']"),
         ("n.yaml", "5: a\n5: b", "given twice"),
