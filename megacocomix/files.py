@@ -76,6 +76,8 @@ def read_json(file: str | Path, format_: str, version: int, remedy: str) -> dict
         values = dict(json.loads(Path(file).read_bytes()))
         found = values["format"], values["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if Path(file).is_file() and is_lfs_pointer(file):
+            raise damaged(file, error) from None
         raise UserError(f"{file} is missing or damaged ({type(error).__name__}): {remedy}.") from None
     if found != (format_, version):
         raise UserError(f"{file} has format {found[0]} version {found[1]}, not {format_} version {version}.")

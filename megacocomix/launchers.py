@@ -17,6 +17,8 @@ OWN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MA
 VARIABLES = {
     "Open MPI": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "MVAPICH2": tuple(f"MV2_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "MVAPICH": tuple(f"MVP_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "jsrun": tuple(f"JSM_NAMESPACE_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "MPICH or Intel MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     "PALS": ("PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
     "Flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
@@ -31,6 +33,8 @@ MARKS = {
     "PALS": ("PALS_RANKID",),
     "srun": ("SLURM_STEP_NUM_TASKS",),
 }
+# The number of processes or hosts that other launchers and services set. Their ranks are not read.
+SIZES = ("HOROVOD_SIZE", "MPIRUN_NPROCS", "MPISIZE", "MP_PROCS", "PET_NNODES", "SKYPILOT_NUM_NODES")
 # The variables that name the job, the same in all its processes.
 JOBS = {
     "Open MPI": ("PMIX_NAMESPACE",),
@@ -88,7 +92,9 @@ def check_alone(command: str) -> None:
     """Raise UserError if this is one of several processes, for a command whose processes would do the same work and
     write the same files."""
     place = find_place()
-    if place.size > 1:
+    # RANK and WORLD_SIZE alone are those of a pod, or exported for a launcher that is still to be started.
+    is_started = place.launcher in VARIABLES or any(map(os.environ.get, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")))
+    if place.size > 1 and is_started:
         raise UserError(f"{command} works in one process, but {place.launcher} started {place.size}.")
 
 
@@ -118,7 +124,8 @@ def find_place() -> Place:
         return _checked(Place(rank, size, local_rank, local_size), "RANK", "WORLD_SIZE")
     started = _started_place()
     if rank is None and size in (None, 1) and started is None:
-        return Place(0, 1, local_rank, 1)
+        _check_no_other()
+        return _checked(Place(0, 1, local_rank, 1), "RANK", "WORLD_SIZE")
     if started and started.size > 1:
         if rank not in (None, started.rank) or size not in (None, started.size):
             names = VARIABLES[started.launcher]
@@ -134,6 +141,20 @@ def find_place() -> Place:
         given, missing = ("WORLD_SIZE", "RANK") if rank is None else ("RANK", "WORLD_SIZE")
         raise UserError(f"{given} is {os.environ[given]}, but {missing} is not set: export both, or neither.")
     return _checked(Place(rank, size, local_rank, 1 if size == 1 else None), "RANK", "WORLD_SIZE")
+
+
+def _check_no_other() -> None:
+    """Raises UserError if a variable says that this is one of several, and none says which."""
+    found = next((name for name in SIZES if (_number(name) or 1) > 1), None)
+    if "SLURM_STEP_NUM_TASKS" not in os.environ and _number("SLURM_PROCID"):  # a batch script is 0
+        found = "SLURM_PROCID"
+    if len(re.findall(r'"', os.environ.get("SM_HOSTS", ""))) > 2:
+        found = "SM_HOSTS"
+    if found:
+        raise UserError(
+            f"{found}={os.environ[found]:.60} says that this is one of several processes, but not which: start "
+            "torchrun on each host, or export RANK, WORLD_SIZE and LOCAL_RANK."
+        )
 
 
 def _launcher() -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(config, items):
     nightly = [item for item in items if item.get_closest_marker("nightly")]
     items[:] = [item for item in items if item not in set(nightly)]
     config.hook.pytest_deselected(items=nightly)
+
+
+@pytest.fixture(autouse=True)
+def environment_is_restored():
+    """A command that is run in the test's own process sets the variables of a rank."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

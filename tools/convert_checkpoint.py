@@ -52,6 +52,9 @@ def main() -> None:
         return _to_hf(options)
     fields = ("insertion_layer", "num_kept", "num_heads", "vocab_size")
     source = open_source(options.source, Hints(**{field: getattr(options, field) for field in fields}))
+    for field in ("num_heads", "vocab_size"):
+        if (given := getattr(options, field)) not in (None, found := getattr(source.shape, field)):
+            raise UserError(f"{options.source} records {field} {found}, but --{field.replace('_', '-')} is {given}.")
     if options.to == "native":
         difference = write_native(source, options.out, options.tokenizer or "", code_version())
     else:

@@ -104,9 +104,12 @@ def _of_store(store: SafetensorFiles | MergedPartitions) -> Iterator[tuple]:
 
 def _of_pickle(content: dict, file: Path) -> Iterator[tuple]:
     """Tensors anywhere in nested containers. A tensor's name is the path to it."""
-    stack = [("", content)]
+    stack, seen = [("", content)], set()
     while stack:
         name, value = stack.pop()
+        if isinstance(value, dict | list) and id(value) in seen:
+            continue  # a container may hold itself
+        seen.add(id(value))
         if isinstance(value, Tensor):
             dtype = str(value.dtype).removeprefix("torch.")
             yield name, file, tuple(value.shape), dtype, lambda value=value: value
@@ -123,6 +126,8 @@ def _plain(content: dict) -> dict:
 
 def _health(values: Tensor) -> tuple[int, int, float | None]:
     """Number of NaN, number of infinite values, and norm (None if there are any of either)."""
+    values = values.to_dense() if values.layout != torch.strided else values
+    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     values = values.float() if values.is_floating_point() else values.double()
     num_nan, num_inf = values.isnan().sum().item(), values.isinf().sum().item()
     norm = torch.linalg.vector_norm(values, dtype=torch.float64).item() if not (num_nan or num_inf) else None

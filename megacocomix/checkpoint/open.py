@@ -11,7 +11,7 @@ import torch
 
 from megacocomix.checkpoint.detect import Detected, detect
 from megacocomix.checkpoint.external.deepspeed import open_deepspeed
-from megacocomix.checkpoint.external.hf import config_json, hf_model_type, load_causal_lm, open_hf
+from megacocomix.checkpoint.external.hf import config_json, hf_model_type, open_hf
 from megacocomix.checkpoint.external.megatron import open_megatron
 from megacocomix.checkpoint.external.source import NO_HINTS, Hints, Source, check_tensors, parameter_shapes
 from megacocomix.checkpoint.format import CHECKPOINT_FILE, read_checkpoint_manifest
@@ -79,6 +79,8 @@ def load_model(path: str | Path | Detected) -> LoadedModel:
 def load_lm(path: str | Path | Detected, dtype: torch.dtype) -> "LoadedModel | PreTrainedModel":
     """The language model in any such folder: ours in fp32, or transformers' class in `dtype`, on the CPU, for another
     architecture and for a GPT-2 that our modules cannot run, such as an untied one. Raises UserError."""
+    from megacocomix.checkpoint.external.causal_lm import load_causal_lm  # whose transformers takes seconds
+
     found = detect(path)
     model_type = hf_model_type(found.path) if found.kind == "hf" else None
     if model_type not in (None, "gpt2", "cocomix"):

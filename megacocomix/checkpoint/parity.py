@@ -35,6 +35,8 @@ class Difference:
 
     def check(self, what: str) -> None:
         """Raises UserError above TOLERANCE, or if either model gave NaN."""
+        if math.isinf(self.logit):
+            raise UserError(f"{what}: the source gives numbers that are not finite; nothing was written.")
         for name, value in (("logits", self.logit), ("loss", self.loss)):
             if not value <= TOLERANCE:
                 raise UserError(f"{what}: {name} of the converted model differ by {value:.1e}; nothing was written.")

@@ -74,21 +74,25 @@ def sharded_files(folder: Path) -> list[Path]:
             log.warning("%s is read, as transformers does; the shards of %s beside it are not", whole, index.name)
         return [whole]
     if not index.is_file():
-        raise UserError(f"{folder} holds no {whole.name}: save the model with save_pretrained.")
+        shards = sorted(folder.glob("model-*-of-*.safetensors"))
+        lost = f"{index.name}, which lists {shards[0].name} and others" if shards else whole.name
+        raise UserError(f"{folder} holds no {lost}: copy the whole folder, or save the model with save_pretrained.")
     try:
         found = {name: str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
         min(found)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index} is damaged: it does not record which file holds which tensor.") from None
-    shards = [folder / Path(shard).name for shard in sorted(set(found.values()))]
+    shards = [folder / shard for shard in sorted(set(found.values()))]
     for shard in shards:
+        if not shard.resolve().is_relative_to(folder.resolve()) and not shard.is_symlink():
+            raise UserError(f"{index} lists {shard}, which is outside of the folder.")
         if not shard.is_file():
-            lost = min(name for name, file in found.items() if Path(file).name == shard.name)
+            lost = min(name for name, file in found.items() if folder / file == shard)
             raise UserError(f"{shard} does not exist, but {index.name} lists it for {lost}.")
     held = SafetensorFiles(shards)
     for name, file in found.items():
-        if name not in held.shapes or held.file_of(name).name != Path(file).name:
-            raise UserError(f"{folder / Path(file).name} does not hold {name}, but {index.name} lists it there.")
+        if name not in held.shapes or held.file_of(name) != folder / file:
+            raise UserError(f"{folder / file} does not hold {name}, but {index.name} lists it there.")
     return shards
 
 

@@ -60,7 +60,8 @@ def _merge_layers(file: dict, overrides: list[Override]) -> dict:
     for section, key, value in overrides:
         if not key:
             values[section] = value
-        elif isinstance(values.setdefault(section, {}), dict):
+        elif values.get(section) is None or isinstance(values[section], dict):  # null: a section without options
+            values[section] = values.get(section) or {}
             values[section][key] = value
         else:
             raise UserError(f"override {section}.{key}: {section} is not a section.")

@@ -65,7 +65,7 @@ class DataConfig(Section):
     without a header, such as the reference's train.bin."""
     valid: str
     """Held-out tokens."""
-    dtype: Literal["uint16", "uint32", "int32", "int64"] | None = None
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
     """The type of the ids in files without a header. null: uint16, after the whole file was checked for ids that look
     like those of another type."""
     tokenizer: str

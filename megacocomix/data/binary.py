@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import struct
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,13 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from megacocomix.errors import UserError
 from megacocomix.files import damaged, file_sha256, is_lfs_pointer, write_json
 
 log = logging.getLogger(__name__)
 
-RAW_DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("uint16", "uint32", "int32", "int64")}
+RAW_DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("uint8", "uint16", "uint32", "int32", "int64")}
 # Magic number and version → type. GPT-2's ids, and since version 7 Llama 3's (llm.c dev/data/data_common.py).
 LLM_C = {(20240520, 1): RAW_DTYPES["uint16"], (20240801, 7): RAW_DTYPES["uint32"]}
 LLM_C_HEADER = 1024
@@ -42,6 +44,22 @@ REFUSED = {
     b"TNTIDX\x00\x00": "an index of fairseq or of early Megatron-LM",
     MEGATRON_MAGIC: "an index of Megatron-LM: give the .bin beside it",
     b"PK\x03\x04": "a zip file or a file of torch.save",
+    b"\x80\x02": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"GGUF": "a GGUF file",
+    b"SQLite format 3": "a database of SQLite",
+    **{
+        struct.pack("<I", magic): f"a file of llm.c {what}"
+        for magic, what in {
+            20240520: "of another version",
+            20240801: "of another version",
+            20240326: "with a model",
+            20240328: "with a tokenizer",
+            20240522: "with HellaSwag",
+        }.items()
+    },
     b"\x1f\x8b": "compressed with gzip",
     b"\x28\xb5\x2f\xfd": "compressed with zstd",
     b"\xfd7zXZ\x00": "compressed with xz",
@@ -51,6 +69,8 @@ REFUSED = {
     b"\x89HDF\r\n": "an HDF5 file",
 }
 CHUNK_BYTES = 2**26
+# Writes to a mapped file give it a new time of change only when they reach the disk.
+SETTLED_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -118,8 +138,7 @@ def open_binary(path: Path, dtype: str | None = None) -> Binary:
         (count,) = struct.unpack("<i", head[8:12].ljust(4, b"\0"))
     elif head.startswith(NUMPY_MAGIC):
         kind, (kind_dtype, offset, count) = "numpy", _read_npy_header(path)
-    elif path.suffix == ".bin" and path.with_suffix(".idx").is_file():
-        index = path.with_suffix(".idx")
+    elif path.suffix == ".bin" and (index := _index_of(path)):
         kind, offset, index_sha256 = "Megatron-LM", 0, file_sha256(index)
         kind_dtype, starts, lengths, ends = _read_megatron_index(index, path, size)
         count = size // kind_dtype.itemsize
@@ -128,8 +147,8 @@ def open_binary(path: Path, dtype: str | None = None) -> Binary:
         kind, offset, is_assumed = "raw ids", 0, dtype is None
         kind_dtype = RAW_DTYPES[dtype or "uint16"]
         count = max(1, size // kind_dtype.itemsize)
-    if dtype and kind_dtype != RAW_DTYPES[dtype]:
-        raise UserError(f"{path} holds {kind_dtype.name}, as its header says, not {dtype}: leave the type out.")
+    if count == 0:
+        raise UserError(f"{path} ({kind}) holds no token.")
     if size != offset + count * kind_dtype.itemsize:
         raise UserError(
             f"{path} has {size} bytes, but {count:,} tokens of {kind_dtype.itemsize} bytes after a header of {offset} "
@@ -143,6 +162,12 @@ def open_binary(path: Path, dtype: str | None = None) -> Binary:
     identity = [kind_dtype.str, offset, scan.sha256, index_sha256]
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return Binary(path, kind, kind_dtype, offset, count, starts, lengths, ends, is_assumed, scan, fingerprint)
+
+
+def _index_of(path: Path) -> Path | None:
+    """The .idx beside a .bin, or beside the file that a link leads to."""
+    found = (each.with_suffix(".idx") for each in (path, path.resolve()))
+    return next(filter(Path.is_file, found), None)
 
 
 def _read_npy_header(path: Path) -> tuple[np.dtype, int, int]:
@@ -160,6 +185,8 @@ def _read_npy_header(path: Path) -> tuple[np.dtype, int, int]:
 def _read_megatron_index(index: Path, path: Path, size: int) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """The type, the places of the sequences in the file (joined where they follow each other), and the places where
     documents end. Raises UserError unless all counts and places agree with the sizes of both files."""
+    if is_lfs_pointer(index):
+        raise damaged(index, "")
     content = index.read_bytes()
     head = struct.Struct("<9sQBQQ")
     try:
@@ -204,13 +231,26 @@ def _check_raw(path: Path, head: bytes, dtype: str | None) -> None:
             raise UserError(f"{path} is {what}. tools/prepare_data.py makes token files from text.")
     if _is_litdata(path):
         raise UserError(f"{path} is a chunk of litdata, which is not read here: export its tokens to numpy's .npy.")
-    if len(head) >= 64 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+    is_safetensors = 2 <= int.from_bytes(head[:8], "little") < path.stat().st_size and head[8:10] == b'{"'
+    if is_safetensors or head[257:262] == b"ustar":
+        raise UserError(f"{path} is a {'safetensors' if is_safetensors else 'tar'} file, not token ids.")
+    if len(head) >= 64 and _is_text(head):
         raise UserError(f"{path} is text, not token ids: prepare it with tools/prepare_data.py.")
     if dtype is None and path.suffix != ".bin":
         raise UserError(
             f"{path} is no token file that is known: expected a folder made by tools/prepare_data.py, Megatron-LM's "
             "or llm.c's .bin, numpy's .npy, or a .bin of uint16 ids. For ids without a header give their type."
         )
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether bytes are text in UTF-8, whose last character may be incomplete."""
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:
+            return False
+    return not any(byte < 32 and byte not in b"\t\n\r\f" for byte in head)
 
 
 def _is_litdata(path: Path) -> bool:
@@ -242,9 +282,9 @@ def _scan(path: Path, dtype: np.dtype, offset: int, size: int) -> Scan:
     """Read the whole file in parallel, or what an earlier reading found if the file has not changed since."""
     stat, cache = path.stat(), path.with_name(f".{path.name}.scan.json")
     about = {"bytes": size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "dtype": dtype.str}
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        found = Scan(**json.loads(cache.read_bytes()))
-        if about.items() <= asdict(found).items():
+    with suppress(OSError, ValueError):
+        found = TypeAdapter(Scan).validate_json(cache.read_bytes(), strict=True)
+        if about.items() <= asdict(found).items() and len(found.halves) == 4:
             return found
     if size > 2**32:
         log.info("%s (%.0f GB) is read once, for its hash and its ids", path, size / 1e9)
@@ -254,8 +294,9 @@ def _scan(path: Path, dtype: np.dtype, offset: int, size: int) -> Scan:
     hashes, smallest, largest, halves = zip(*chunks, strict=True)
     sha256 = hashlib.sha256(b"".join(hashes)).hexdigest()
     scan = Scan(**about, sha256=sha256, smallest=min(smallest), largest=max(largest), halves=_maxima(halves))
-    with suppress(OSError):  # the folder may be read-only; another process may write the same
-        write_json(cache, asdict(scan))
+    if abs(time.time() - stat.st_mtime) > SETTLED_SECONDS:
+        with suppress(OSError):  # the folder may be read-only; another process may write the same
+            write_json(cache, asdict(scan))
     return scan
 
 

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 
 from megacocomix.data.binary import Binary, open_binary
 from megacocomix.errors import UserError
-from megacocomix.files import file_sha256, read_json, write_json
+from megacocomix.files import damaged, file_sha256, is_lfs_pointer, read_json, write_json
 
 FORMAT, VERSION = "megacocomix-tokens", 1
 MANIFEST = "manifest.json"
@@ -56,8 +58,9 @@ class TokenShards:
         """The split at `path`: a folder with a manifest, or a file of another project; `dtype` is the type of ids in a
         file without a header (data.dtype).
 
-        Checks the size of every shard. `verify` also compares the SHA-256 of every shard with the manifest. A file of
-        another project is read whole, once. Raises UserError that names the file and what is wrong with it.
+        Checks the size of every shard. `verify` also compares the SHA-256 of every shard with the manifest, unless it
+        did so before and the shard has not changed since. A file of another project is read whole, once. Raises
+        UserError that names the file and what is wrong with it.
         """
         path = Path(path)
         if path.is_file():
@@ -71,9 +74,7 @@ class TokenShards:
         fingerprint = hashlib.sha256(json.dumps([dtype_name, tokenizer_sha256, hashes]).encode()).hexdigest()
         shards = [_map_shard(file, count, DTYPES[dtype_name]) for file, count in files]
         if verify:
-            for (file, _), expected in zip(files, hashes, strict=True):
-                if file_sha256(file) != expected:
-                    raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's.")
+            _verify(path, dict(zip((file for file, _ in files), hashes, strict=True)))
         lengths = np.array([count for _, count in files])
         return cls(shards, np.arange(len(shards)), np.zeros_like(lengths), lengths, fingerprint, manifest)
 
@@ -226,11 +227,30 @@ class ShardWriter:
         self.hashes.append(file_sha256(self._path()))
 
 
+def _verify(folder: Path, hashes: dict[Path, str]) -> None:
+    """Raises UserError if a shard does not have its SHA-256. Those that had it are in .verified.json."""
+    record = folder / ".verified.json"
+    times = {file.name: [(stat := file.stat()).st_mtime_ns, stat.st_ctime_ns] for file in hashes}
+    known = {}
+    with suppress(OSError, ValueError, TypeError):
+        known = dict(json.loads(record.read_bytes()))
+    waiting = {file: sha256 for file, sha256 in hashes.items() if known.get(file.name) != [sha256, *times[file.name]]}
+    with ThreadPoolExecutor() as pool:
+        for (file, expected), found in zip(waiting.items(), pool.map(file_sha256, waiting), strict=True):
+            if found != expected:
+                raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's.")
+    if waiting:
+        with suppress(OSError):  # the folder may be read-only
+            write_json(record, {file.name: [sha256, *times[file.name]] for file, sha256 in hashes.items()})
+
+
 def _map_shard(file: Path, num_tokens: int, dtype: np.dtype) -> np.ndarray:
     expected = num_tokens * dtype.itemsize
     if not file.is_file():
         raise UserError(f"{file} is missing: the manifest lists it with {expected} bytes.")
     if (found := file.stat().st_size) != expected:
+        if is_lfs_pointer(file):
+            raise damaged(file, "")
         raise UserError(f"{file} has {found} bytes, expected {expected}: copy or prepare the data again.")
     return np.memmap(file, dtype=dtype, mode="r", shape=(num_tokens,))
 

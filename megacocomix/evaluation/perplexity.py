@@ -63,7 +63,7 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int, dtype: str
 
     opened = open_model(folder)
     shards, data = open_held_out(opened.path, opened.config, data, dtype)
-    vocab_size = opened.model.config.vocab_size
+    vocab_size = opened.vocab_size
     check_tokens(data, shards, vocab_size)
     dataset = TokenDataset(shards, opened.context, None)
     total = 0.0
@@ -101,7 +101,7 @@ def open_held_out(model: Path, config: Config | None, data: str | None, dtype: s
         raise UserError(f"{model} does not record what it was validated on: give --data PATH.")
     if data is None:
         data, dtype = config.data.valid, dtype or config.data.dtype
-    return TokenShards.open(data, dtype), data
+    return TokenShards.open(data, dtype, verify=True), data
 
 
 def earlier_evaluation(checkpoint: Path, data: str | None, dtype: str | None = None) -> dict | None:
@@ -113,7 +113,7 @@ def earlier_evaluation(checkpoint: Path, data: str | None, dtype: str | None = N
     try:
         result = dict(json.loads(file.read_bytes()))
         found = result["sha256"], result["data_fingerprint"]
-        is_same = found == (weights_sha256(checkpoint), shards.fingerprint)
+        is_same = found == (weights_sha256(checkpoint), shards.fingerprint) and isfinite(result["valid_loss"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result | {"file": str(file)} if is_same and {"valid_loss", "valid_ppl"} <= result.keys() else None

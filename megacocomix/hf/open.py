@@ -40,6 +40,11 @@ class OpenModel:
         return self.model.config.get_text_config().max_position_embeddings
 
     @property
+    def vocab_size(self) -> int:
+        """The number of tokens that it knows."""
+        return self.model.config.get_text_config().vocab_size
+
+    @property
     def device(self) -> torch.device:
         """The device of its weights."""
         return self.model.device
@@ -81,7 +86,7 @@ class OpenModel:
         raise UserError(f"{self.path} holds no tokenizer, such as a tokenizer.json.")
 
     def _check_vocabulary(self, num_tokens: int) -> None:
-        size = self.model.config.vocab_size
+        size = self.vocab_size
         if num_tokens > size:
             raise UserError(f"{self.path} has a vocabulary of {size}, but its tokenizer one of {num_tokens}.")
 
@@ -101,6 +106,9 @@ def open_model(path: str | Path, device: str | torch.device | None = None) -> Op
             "with tools/convert_checkpoint.py --to native."
         )
     lm = load_lm(found, torch.float32)
+    module = lm.model if isinstance(lm, LoadedModel) else lm
+    if not all(parameter.isfinite().all() for parameter in module.parameters()):
+        raise UserError(f"{found.path} holds weights that are not finite (tools/inspect_checkpoint.py --health).")
     if isinstance(lm, LoadedModel):
         return OpenModel(to_cocomix(lm).to(device), lm.path, lm.sha256, lm.config)
     return OpenModel(lm.to(device), found.path, weights_sha256(found), None)

@@ -39,6 +39,9 @@ def start_runtime() -> Runtime:
     # Without DS_ACCELERATOR, DeepSpeed would choose an accelerator itself.
     has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     os.environ["DS_ACCELERATOR"] = "cuda" if has_gpu else "cpu"
+    if has_gpu and torch.cuda.device_count() == 1 and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+        local_rank = 0  # the launcher has bound each process to one GPU, as srun --gpus-per-task=1 does
+        os.environ["LOCAL_RANK"] = "0"
     if has_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(f"this host has {torch.cuda.device_count()} GPUs, fewer than the processes started on it.")
     if has_gpu:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from megacocomix.checkpoint.open import architecture_sha256
 from megacocomix.config.schema import Location
 from megacocomix.data.check import check_tokens
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
@@ -98,7 +99,9 @@ class SAERun:
         if rank == 0 and job.log.exists() and not job.resume.exists():
             print(f"{job.log} is of a run without {job.resume}: training starts again", flush=True)
         self.teacher = load_teacher(job.teacher, job.layer, job.location, device)
-        self.train_windows, self.positions, self.valid_windows, self.valid_positions = _split(job, self.teacher)
+        self.train_windows, self.positions, self.valid_windows, self.valid_positions = _split(
+            job, self.teacher, rank == 0
+        )
         settings = _choose_settings(job, self.teacher)
         if rank == 0:
             _print_settings(job, self.teacher, settings)
@@ -115,6 +118,7 @@ class SAERun:
         self.identity = {
             **asdict(settings),
             "teacher": self.teacher.sha256,
+            "teacher's config": architecture_sha256(local_folder(job.teacher)),
             "layer": job.layer,
             "location": job.location,
             "data": self.train_windows.shards.fingerprint,
@@ -219,12 +223,12 @@ class SAERun:
         return True
 
 
-def _split(job: SAEJob, teacher: Teacher) -> tuple[TokenDataset, range, TokenDataset, range]:
+def _split(job: SAEJob, teacher: Teacher, is_main: bool) -> tuple[TokenDataset, range, TokenDataset, range]:
     """Training windows and held-out windows, each as a dataset and the positions to read from it."""
-    train = _open_windows(job.data, job, teacher, job.seed)
+    train = _open_windows(job.data, job, teacher, job.seed, is_main)
     wanted = math.ceil(HELD_OUT_TOKENS / teacher.context)
     if job.valid:
-        valid = _open_windows(job.valid, job, teacher, None)
+        valid = _open_windows(job.valid, job, teacher, None, is_main)
         return train, range(train.num_windows), valid, range(min(wanted, valid.num_windows))
     # The first epoch's order is random, so its last windows are a sample of the data. Training repeats the others.
     num_held_out = min(wanted, max(1, int(HELD_OUT_SHARE * train.num_windows)))
@@ -234,8 +238,8 @@ def _split(job: SAEJob, teacher: Teacher) -> tuple[TokenDataset, range, TokenDat
     return train, range(num_train), train, range(num_train, train.num_windows)
 
 
-def _open_windows(path: str, job: SAEJob, teacher: Teacher, seed: int | None) -> TokenDataset:
-    shards = TokenShards.open(path, job.data_dtype)
+def _open_windows(path: str, job: SAEJob, teacher: Teacher, seed: int | None, is_main: bool) -> TokenDataset:
+    shards = TokenShards.open(path, job.data_dtype, verify=is_main)
     check_tokens(path, shards, teacher.vocab_size, (f"--teacher {job.teacher}", teacher_tokenizer(job.teacher)))
     return TokenDataset(shards, teacher.context, seed)
 
@@ -311,7 +315,9 @@ def _read_resume(path: Path, identity: dict) -> dict[str, Tensor]:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it to begin again.") from None
     changed = [
-        f"{key} {saved.get(key)} there, {identity[key]} here" for key in identity if saved.get(key) != identity[key]
+        f"{key} {saved[key]} there, {identity[key]} here"
+        for key in identity
+        if saved.get(key, identity[key]) != identity[key]  # earlier versions recorded less
     ]
     if changed:
         raise UserError(

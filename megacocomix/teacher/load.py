@@ -72,7 +72,8 @@ def _hf_teacher(lm: "PreTrainedModel", path: Path) -> TeacherModel:
     with torch.no_grad():
         probe = torch.arange(4, device=head.weight.device)[None]
         logits, expected = head(body(probe)), lm(input_ids=probe, use_cache=False).logits
-    if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+    tolerance = 16 * torch.finfo(logits.dtype).eps * expected.abs().max().item()
+    if not torch.allclose(logits, expected, rtol=0, atol=tolerance):
         raise UserError(f"teacher {path} is a {type(lm).__name__}, which changes its logits after its head.")
     return TeacherModel(body, head, blocks, config.max_position_embeddings, weights_sha256(path))
 

@@ -9,7 +9,7 @@ from megacocomix.checkpoint.external.source import Source
 from megacocomix.checkpoint.init_from import open_init
 from megacocomix.config.schema import Config
 from megacocomix.data.check import token_problems
-from megacocomix.data.tokenizer import load_tokenizer
+from megacocomix.data.tokenizer import Tokenizer, load_tokenizer
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.evaluation.harness import parse_tasks
@@ -28,6 +28,7 @@ class Inputs:
     vocab_size: int
     """Token ids are below this: the smaller of the model's and the teacher's vocabulary."""
     init: Source | None = None
+    tokenizer: Tokenizer | None = None
 
     def identity(self) -> dict[str, str]:
         """Hashes of all inputs. A run resumes only with the same ones."""
@@ -36,6 +37,8 @@ class Inputs:
             found |= self.targets.identity()
         if self.init:
             found["training.init_from"] = self.init.sha256
+        if self.tokenizer:
+            found["data.tokenizer"] = f"{self.tokenizer.sha256}, end of text {self.tokenizer.eot_id}"
         return found
 
     def changed(self, recorded: dict[str, str]) -> list[str]:
@@ -89,7 +92,7 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
         attempt(_check_validation_tokens, splits["valid"], config, limit)
     if problems:
         raise UserError(*problems)
-    return Inputs(**splits, targets=targets, vocab_size=limit, init=init)
+    return Inputs(**splits, targets=targets, vocab_size=limit, init=init, tokenizer=tokenizer)
 
 
 def _check_validation_tokens(dataset: TokenDataset, config: Config, vocab_size: int) -> None:

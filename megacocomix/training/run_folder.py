@@ -28,6 +28,8 @@ FREE = {"run", "parallel", "checkpoint", "evaluation", "logging", "training.stop
 def check_run_folder(config: Config) -> Path:
     """The run folder of a config, new or existing. Raises UserError if it belongs to another config."""
     run = Path(config.run)
+    if run.parts[:1] and run.parts[0].startswith("~"):
+        raise UserError(f"run {run} would be a folder called {run.parts[0]}: write out the path.")
     stored = run / "config.yaml"
     if stored.is_file():
         values = read_yaml(stored)

@@ -13,6 +13,7 @@ from megacocomix.config.schema import Config
 from megacocomix.files import write_text
 
 INIT_SECONDS, FINISH_SECONDS = 20.0, 30.0  # unless WANDB_INIT_TIMEOUT or WANDB_FINISH_TIMEOUT is set
+WANDB_ID = "wandb_id"
 MARGIN_SECONDS = 30.0  # for a library that does not keep its own limit
 
 
@@ -26,7 +27,12 @@ class Sinks:
         # The forms of each sink that are not started yet; the next one replaces one that fails.
         self._forms = {}
         if config.logging.wandb:
-            self._forms["Weights & Biases"] = [partial(_Wandb, run, config, logged, online) for online in (True, False)]
+            # The id is stored in the run folder, so that a resumed run continues its Weights & Biases run. Without one,
+            # none of the records of earlier starts was logged.
+            file = run / WANDB_ID
+            known = file.read_text().strip() if file.is_file() else ""
+            start = partial(_Wandb, run, config, logged if known else [], known or uuid.uuid4().hex[:8])
+            self._forms["Weights & Biases"] = [partial(start, online) for online in (True, False)]
         if config.logging.tensorboard:
             self._forms["TensorBoard"] = [partial(_TensorBoard, run, first_step)]
         for name in self._forms:
@@ -62,35 +68,33 @@ class Sinks:
 
 
 class _Wandb:
-    def __init__(self, run: Path, config: Config, logged: list[dict], is_online: bool):
+    def __init__(self, run: Path, config: Config, logged: list[dict], run_id: str, is_online: bool):
         import wandb
 
         has_key = is_online and (bool(os.environ.get("WANDB_API_KEY")) or wandb.login(prompt=False, verify=False))
         if not is_online:
             _bounded(wandb.teardown, MARGIN_SECONDS)  # of the run that failed, which would keep its id
-        mode = (os.environ.get("WANDB_MODE") if is_online else None) or ("online" if has_key else "offline")
-        # The id is stored in the run folder, so that a resumed run continues its Weights & Biases run.
-        id_file = run / "wandb_id"
-        has_id = id_file.is_file() and bool(id_file.read_text().strip())
-        if not has_id:
-            write_text(id_file, uuid.uuid4().hex[:8])
+        # With a key, the user's own settings count: WANDB_MODE, and what `wandb offline` has written.
+        mode = None if has_key or (is_online and os.environ.get("WANDB_MODE")) else "offline"
         limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
         limits = {name: value for name, value in limits.items() if f"WANDB_{name.upper()}" not in os.environ}
         self._run = wandb.init(
             project="megacocomix",
             name=run.name,
-            id=id_file.read_text().strip(),
+            id=run_id,
             resume="allow",
             dir=run,
             mode=mode,
             config=config.model_dump(mode="json"),
             settings=wandb.Settings(**limits),
         )
+        if not self._run.disabled:
+            write_text(run / WANDB_ID, run_id)
         self.state = f"it goes on offline, wandb sync {run}/wandb/offline-run-* uploads that"
         # A history cannot go back (rewinding is no part of the general service), so what it holds of the steps that are
         # repeated stays, and is not logged again. An offline start does not know what the earlier ones hold.
-        self._held_before = self._run.starting_step if mode == "online" else math.inf
-        self._held = {_kind(record) for record in logged} if has_id else set()
+        self._held_before = self._run.starting_step if not self._run.offline else math.inf
+        self._held = {_kind(record) for record in logged}
 
     def log(self, record: dict[str, float]) -> None:
         step = record["step"]

@@ -30,6 +30,7 @@ from megacocomix.config.schema import Config
 from megacocomix.config.section import NonNegative, Positive, Section
 from megacocomix.config.yaml_text import read_yaml
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError, nearest
+from megacocomix.evaluation.perplexity import earlier_evaluation
 from megacocomix.signals import NUMBERS, StopSignal
 from megacocomix.training.run_folder import check_run_folder
 
@@ -94,8 +95,11 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether it is trained, and evaluated on all held-out text."""
-        return self.is_trained and any((Path(self.config.run) / "evals").glob(f"{self.checkpoint.name}-*.json"))
+        """Whether it is trained, and its last checkpoint is evaluated on all held-out text of its config."""
+        try:
+            return self.is_trained and earlier_evaluation(self.checkpoint, None) is not None
+        except UserError:  # evaluating it says what is wrong
+            return False
 
     @property
     def step(self) -> int:

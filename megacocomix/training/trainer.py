@@ -57,8 +57,8 @@ def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, tr
         if config.method.has_teacher and runtime.is_main:  # the other ranks wait for the download
             local_folder(config.teacher.model, download=True)
         if runtime.is_main:
-            for path in filter(os.path.isfile, (config.data.train, config.data.valid)):
-                TokenShards.open(path, config.data.dtype)  # reads it whole; the other ranks find what it found
+            for path in filter(os.path.exists, (config.data.train, config.data.valid)):
+                TokenShards.open(path, config.data.dtype, verify=True)  # the other ranks find what it found
     with errors_on_all_ranks():
         inputs = open_inputs(config, runtime.device)
     with errors_on_all_ranks():

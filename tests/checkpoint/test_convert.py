@@ -233,7 +233,7 @@ def test_the_comparison_notices_a_model_that_gives_nan(tmp_path, model):
     with torch.no_grad():
         model.transformer.h[1].mlp.c_fc.bias[3] = torch.nan
     model.save_pretrained(tmp_path / "hf")
-    assert_refused(tmp_path / "hf", tmp_path / "ours", "differ by inf")
+    assert_refused(tmp_path / "hf", tmp_path / "ours", "gives numbers that are not finite")
 
 
 def test_a_plain_model_is_not_written_as_the_published_codes(tmp_path, model):

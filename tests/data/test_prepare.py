@@ -40,7 +40,9 @@ def write_jsonl(file, texts):
 
 
 def contents(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    """Of all files but the record of what was verified."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != ".verified.json")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def tokens(folder):

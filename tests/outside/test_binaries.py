@@ -2,16 +2,21 @@
 first step."""
 
 import json
+import os
+import pickle
 import struct
+import time
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 import tiny
 from jobs import train
 from megacocomix.data.check import token_problems
 from megacocomix.data.tokenizer import load_tokenizer
-from megacocomix.data.tokens import TokenShards
+from megacocomix.data.tokens import ShardWriter, TokenShards
 from megacocomix.errors import UserError
 from processes import run_processes, run_tool
 
@@ -148,6 +153,13 @@ def litdata_chunk():
         (b'{"text": "some text"}\n' * 100, "is text, not token ids"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 10\n", "git-lfs pointer"),
         (b"", r"train\.bin"),
+        (np.array([20240801, 8, 10], "<i4").tobytes().ljust(1044, b"\0"), "a file of llm.c of another version"),
+        (np.array([20240522, 1, 10], "<i4").tobytes().ljust(1044, b"\0"), "a file of llm.c with HellaSwag"),
+        (safetensors.torch.save({"input_ids": torch.arange(500)}), "a safetensors file"),
+        (pickle.dumps(IDS.tolist()), "a pickle"),
+        (b"train.txt".ljust(257, b"\0") + b"ustar\0" + b"00" + bytes(760), "a tar file"),
+        (b"GGUF" + IDS.astype("<u2").tobytes(), "a GGUF file"),
+        ("Die Häuser der Stadt, größer als früher. ".encode() * 200, "is text, not token ids"),
         (b"123", r"train\.bin has 3 bytes"),
     ],
 )
@@ -244,17 +256,21 @@ def test_a_files_fingerprint_is_of_every_byte_and_found_again_without_reading_it
     file = tmp_path / "train.bin"
     (np.arange(3 * 2**20) % 50_000).astype("<u2").tofile(file)  # 6 MiB
     first = TokenShards.open(file).fingerprint
+    assert not (tmp_path / ".train.bin.scan.json").exists()  # a file that may still be written
     with open(file, "r+b") as stream:
         stream.seek(3 * 2**20)
         stream.write(b"\1\2")
+    os.utime(file, (time.time() - 3600,) * 2)
     changed = TokenShards.open(file)
     assert changed.fingerprint != first
     assert changed.former_fingerprint == changed.fingerprint_as(changed.former_fingerprint)  # what old runs recorded
     monkeypatch.setattr("megacocomix.data.binary._scan_chunk", None)
     assert TokenShards.open(file).fingerprint == changed.fingerprint
-    (tmp_path / ".train.bin.scan.json").write_text("{")
-    with pytest.raises(TypeError):
-        TokenShards.open(file)
+    cache = tmp_path / ".train.bin.scan.json"
+    for damage in ("{", cache.read_text().replace('"smallest": 0', '"smallest": "0"'), "[]"):
+        cache.write_text(damage)
+        with pytest.raises(TypeError):  # it is read again
+            TokenShards.open(file)
 
 
 def test_the_order_of_an_index_is_part_of_the_fingerprint(tmp_path):
@@ -310,3 +326,52 @@ def test_a_teachers_config_is_part_of_its_identity(tmp_path):
     file.write_text(json.dumps(values | {"n_head": values["n_head"] * 2}))
     ((code, lines),) = run_processes(1, train, tiny.config(tmp_path))
     assert code == 2 and "the content of teacher.model's config has changed" in lines[0]
+
+
+def test_a_type_for_files_without_a_header_leaves_those_with_one_alone(tmp_path):
+    """A run may train on one and validate on the other."""
+    llm_c(tmp_path / "train.bin", IDS)
+    assert (read_all(tmp_path / "train.bin", "uint32") == IDS).all()
+
+
+def test_files_without_a_token_are_refused(tmp_path):
+    np.save(tmp_path / "none.npy", IDS[:0])
+    llm_c(tmp_path / "none.bin", IDS[:0])
+    for name in ("none.npy", "none.bin"):
+        with pytest.raises(UserError, match="holds no token"):
+            TokenShards.open(tmp_path / name)
+
+
+def test_the_index_beside_the_file_that_a_link_leads_to_counts(tmp_path):
+    (tmp_path / "data").mkdir()
+    megatron(tmp_path / "data/text.bin", np.split(IDS, 4), "<i4", 4, order=[1, 0])
+    (tmp_path / "train.bin").symlink_to(tmp_path / "data/text.bin")
+    assert (read_all(tmp_path / "train.bin") == np.concatenate([IDS[1250:2500], IDS[:1250]])).all()
+
+
+def test_changed_shards_of_our_own_are_not_trained_on(tmp_path):
+    tiny.make_inputs(tmp_path)
+    tokens = np.fromfile(tmp_path / "train.bin", np.uint16)
+    gpt2 = load_tokenizer("gpt2")
+    for split in ("train", "valid"):
+        writer = ShardWriter(tmp_path / split, tokens.dtype, len(tokens))
+        writer.append(tokens)
+        tokenizer = {"name": "gpt2", "sha256": gpt2.sha256, "eot_id": gpt2.eot_id}
+        writer.finish({"tokenizer": tokenizer, "vocab_size": tiny.VOCAB})
+    data = {split: str(tmp_path / split) for split in ("train", "valid")}
+    assert run_processes(1, train, tiny.config(tmp_path, data=data, training={"stop_after": 1})) == [(0, [])]
+    shard = tmp_path / "train/shard-00000.bin"
+    shard.write_bytes(shard.read_bytes()[::-1])
+    ((code, lines),) = run_processes(1, train, tiny.config(tmp_path, data=data))
+    assert code == 2 and "shard-00000.bin is damaged: its SHA-256 differs" in lines[0]
+
+
+def test_a_run_on_raw_ids_does_not_resume_with_another_tokenizer(tmp_path):
+    tiny.make_inputs(tmp_path)
+    assert run_processes(1, train, tiny.config(tmp_path, training={"stop_after": 3})) == [(0, [])]
+    file = tmp_path / "run/checkpoints/step-00000003/checkpoint.json"
+    checkpoint = json.loads(file.read_text())
+    checkpoint["inputs"]["data.tokenizer"] = "another, end of text 0"
+    file.write_text(json.dumps(checkpoint))
+    ((code, lines),) = run_processes(1, train, tiny.config(tmp_path))
+    assert code == 2 and "the content of data.tokenizer has changed" in lines[0]

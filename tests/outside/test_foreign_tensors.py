@@ -3,12 +3,21 @@ the same weights, those that transformers reads."""
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from external_checkpoints import huggingface_model, megatron_folder
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import tiny
 from megacocomix.checkpoint.convert import write_native
@@ -19,6 +28,7 @@ from megacocomix.files import file_sha256
 from megacocomix.hf.open import open_model
 from megacocomix.teacher.load import load_teacher_model
 from megacocomix.teacher.model import Teacher
+from processes import run_tool
 
 TOKENS = torch.arange(2 * tiny.CONTEXT).view(2, -1) * 7 % tiny.VOCAB
 WRAPPERS = ("_orig_mod.", "module.", "model.", "module._orig_mod.", "_orig_mod.module.")
@@ -216,6 +226,11 @@ def test_megatrons_second_copy_of_the_embedding_is_harmless_and_another_head_is_
         (lambda c, r: setattr(c["args"], "tensor_model_parallel_size", 4), "2 tensor ranks, but its args say 4"),
         (lambda c, r: setattr(c["args"], "use_rotary_position_embeddings", True), "use_rotary_position_embeddings"),
         (lambda c, r: setattr(c["args"], "window_size", (128, 0)), "window_size"),
+        (lambda c, r: setattr(c["args"], "norm_epsilon", 1e-2), "norm_epsilon is 0.01"),
+        (lambda c, r: setattr(c["args"], "num_layers", 5), "num_layers is 5 in its args, but 3 by its tensors"),
+        (lambda c, r: c.update(checkpoint_version=3.0 - r), "has another checkpoint_version"),
+        (lambda c, r: setattr(c["args"], "num_attention_heads", 4 + 4 * r), "other sizes in its args"),
+        (lambda c, r: c["model"]["language_model"]["encoder"]["final_layernorm.bias"].add_(r), "differs between its"),
     ],
 )
 def test_whatever_else_is_in_a_megatron_checkpoint_is_refused_by_name(tmp_path, change, what):
@@ -229,3 +244,90 @@ def test_a_latest_that_names_no_folder_is_said(tmp_path):
     for read in (open_source, open_model):
         with pytest.raises(UserError, match=r"latest names global_step7, which holds no \*_optim_states\.pt"):
             read(tmp_path, *([Hints()] if read is open_source else []))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"num_hidden_layers": 1}, "n_layer is 3, but num_hidden_layers is 1"),
+        ({"max_position_embeddings": 8}, "n_positions is 16, but max_position_embeddings is 8"),
+        ({"is_causal": False}, "is_causal is False"),
+    ],
+)
+def test_what_transformers_obeys_in_a_config_is_obeyed_or_refused(tmp_path, changes, what):
+    config = save(huggingface_model(), tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(UserError, match=what):
+        open_source(tmp_path)
+    with pytest.raises(UserError):
+        open_model(tmp_path)
+
+
+def test_a_size_under_two_names_is_that_of_transformers_or_refused(tmp_path):
+    config = save(huggingface_model(), tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 2}))
+    with torch.no_grad():
+        expected = GPT2LMHeadModel.from_pretrained(tmp_path).eval()(TOKENS).logits
+    torch.testing.assert_close(open_model(tmp_path).model(TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="n_head is 4, but num_attention_heads is 2"):
+        open_source(tmp_path)
+
+
+def test_a_size_under_its_other_name_alone_is_read(tmp_path):
+    config = save(huggingface_model(), tmp_path) / "config.json"
+    values = json.loads(config.read_text())
+    values["num_attention_heads"] = values.pop("n_head")
+    config.write_text(json.dumps(values))
+    assert_all_read(tmp_path, huggingface_model()(TOKENS).logits)
+
+
+def test_a_model_whose_tokens_read_those_after_them_is_no_causal_lm(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    BertLMHeadModel(BertConfig(**sizes, vocab_size=tiny.VOCAB)).save_pretrained(tmp_path / "encoder")
+    BertLMHeadModel(BertConfig(**sizes, vocab_size=tiny.VOCAB, is_decoder=True)).save_pretrained(tmp_path / "decoder")
+    with pytest.raises(UserError, match="is no causal LM"):
+        open_model(tmp_path / "encoder")
+    open_model(tmp_path / "decoder")
+
+
+def test_the_masks_that_old_versions_stored_for_other_models_are_harmless(tmp_path):
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    torch.manual_seed(0)
+    model = GPTNeoForCausalLM(GPTNeoConfig(**sizes, vocab_size=tiny.VOCAB, max_position_embeddings=16)).eval()
+    mask = torch.ones(1, 1, 16, 16).tril().to(torch.uint8)
+    buffers = {f"transformer.h.{layer}.attn.attention.bias": mask.clone() for layer in range(2)}
+    save(model, tmp_path, lambda tensors: tensors | buffers)
+    assert_all_read(tmp_path, model(TOKENS).logits)
+
+
+def test_what_a_megatron_checkpoint_records_wins_over_what_is_asked_for(tmp_path):
+    """The number of heads is in no tensor: a wrong one gives another model with the same weights."""
+    megatron(tmp_path / "megatron")
+    asked = open_source(tmp_path / "megatron", Hints(num_heads=2, vocab_size=90)).shape
+    assert (asked.num_heads, asked.vocab_size) == (4, tiny.VOCAB)
+    convert = f"tools/convert_checkpoint.py {tmp_path / 'megatron'} --to native --out {tmp_path / 'ours'}"
+    refused = run_tool(f"{convert} --num-heads 2", Path(__file__).parents[2])
+    assert refused.returncode == 2 and "records num_heads 4, but --num-heads is 2" in refused.stderr
+
+
+def test_shards_in_a_sub_folder_are_those_that_the_index_names(tmp_path):
+    model, other = huggingface_model(0), huggingface_model(1)
+    other.save_pretrained(tmp_path, max_shard_size="20KB")
+    model.save_pretrained(tmp_path / "sub", max_shard_size="20KB")
+    index = json.loads((tmp_path / "sub/model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: f"sub/{file}" for name, file in index["weight_map"].items()}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_all_read(tmp_path, model(TOKENS).logits)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert_all_refuse(tmp_path, r"holds no model\.safetensors\.index\.json, which lists model-00001-of")
+
+
+def test_weights_that_are_not_finite_are_neither_evaluated_nor_converted(tmp_path):
+    save(huggingface_model(), tmp_path, lambda t: t | {"transformer.ln_f.bias": torch.full((32,), torch.nan)})
+    tiny.write_tokens(tmp_path / "val.bin", 64)
+    command = f"tools/evaluate.py perplexity {tmp_path} --data {tmp_path / 'val.bin'}"
+    found = run_tool(command, Path(__file__).parents[2])
+    assert found.returncode == 2 and "holds weights that are not finite" in found.stderr
+    with pytest.raises(UserError, match="the source gives numbers that are not finite"):
+        write_native(open_source(tmp_path), tmp_path / "native", "", {})

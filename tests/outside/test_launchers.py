@@ -1,5 +1,5 @@
 """The variables of launchers. Those of Open MPI 4.1.4, MPICH 4.0.2 and Slurm 22.05.8 were recorded from them, those of
-MVAPICH2, PALS and Flux are from their manuals."""
+MVAPICH, jsrun, PALS and Flux are from their manuals."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import yaml
 import tiny
 from jobs import train_all
 from megacocomix.errors import UserError
-from megacocomix.launchers import OWN, child_environment, find_place, is_first, set_address, set_ranks
+from megacocomix.launchers import OWN, check_alone, child_environment, find_place, is_first, set_address, set_ranks
 from processes import run_processes
 
 OPEN_MPI = {
@@ -39,6 +39,10 @@ MVAPICH2 = {
     "MV2_COMM_WORLD_SIZE": "{size}",
     "MV2_COMM_WORLD_LOCAL_RANK": "{rank}",
     "MV2_COMM_WORLD_LOCAL_SIZE": "{size}",
+}
+MVAPICH = {name.replace("MV2", "MVP"): value for name, value in MVAPICH2.items()}
+JSRUN = {name.replace("MV2_COMM_WORLD", "JSM_NAMESPACE"): value for name, value in MVAPICH2.items()} | {
+    "PMIX_RANK": "{rank}",
 }
 PALS = {
     "PALS_RANKID": "{rank}",
@@ -86,6 +90,8 @@ LAUNCHERS = {
     "MPICH": MPICH,
     "MPICH in sbatch": SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"} | MPICH,
     "MVAPICH2": MVAPICH2,
+    "MVAPICH": MVAPICH,
+    "jsrun": JSRUN,
     "PALS": PALS,
     "Flux": FLUX,
     "srun": SRUN,
@@ -222,6 +228,11 @@ def test_a_command_typed_in_a_shell_of_srun_pty_is_alone_and_a_task_is_not(envir
         (filled(MPICH, 5), "PMI_RANK=5 is not below PMI_SIZE=2."),
         (filled(MPICH) | {"MPI_LOCALNRANKS": "3"}, "rank 0 of 3 on this host cannot be: PMI_SIZE=2 in all."),
         (filled(TORCHRUN) | {"LOCAL_RANK": "2"}, "rank 2 of 2 on this host cannot be: WORLD_SIZE=2 in all."),
+        ({"LOCAL_RANK": "1"}, "rank 1 of 1 on this host cannot be: WORLD_SIZE=1 in all."),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_PROCID=1 says that this is one of several processes"),
+        ({"SM_HOSTS": '["algo-1","algo-2"]'}, "SM_HOSTS="),
+        ({"HOROVOD_SIZE": "4"}, "HOROVOD_SIZE=4 says that this is one of several processes, but not which"),
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "PET_NNODES=2 says"),
     ],
 )
 def test_unknown_and_contradictory_ranks_are_refused_with_one_line(environment, variables, line):
@@ -333,6 +344,11 @@ def test_a_job_whose_ranks_are_contradictory_trains_nothing_and_says_so_once(roo
     assert (codes, len("".join(err).splitlines())) == ([2, 2], 1)
     assert "WORLD_SIZE=3 contradicts OMPI_COMM_WORLD_RANK=0" in err[0]
     assert not (folder / "never").exists()
+
+
+def test_a_command_for_one_process_runs_in_a_pod_that_has_the_variables_of_a_job(environment):
+    environment({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "job-0"})
+    check_alone("compare_runs.py")
 
 
 @pytest.mark.parametrize("tool", ["prepare_data.py x.txt --out x --tokenizer gpt2", "upgrade_config.py x"])

@@ -36,19 +36,21 @@ class Wandb:
         self._do("teardown", False)
 
     def init(self, **options):
-        self.starts.append(options)
-        is_online = options["mode"] == "online"
+        mode = options["mode"] or os.environ.get("WANDB_MODE", "online")  # None: the user's own settings
+        self.starts.append(options | {"mode": mode})
+        is_online = mode == "online"
         self._do("init", is_online)
 
         def log(row, step):
             self._do("log", is_online)
-            self.rows.append((options["mode"], step, row))
+            self.rows.append((mode, step, row))
 
         def finish():
             self._do("finish", is_online)
             self.closed += 1
 
-        return SimpleNamespace(log=log, finish=finish, starting_step=self.starting_step if is_online else 0)
+        state = {"disabled": mode == "disabled", "offline": mode == "offline"}
+        return SimpleNamespace(log=log, finish=finish, starting_step=self.starting_step if is_online else 0, **state)
 
     def _do(self, what, is_online):
         if what in self.fails and (is_online or self.always):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megacocomix.checkpoint.external.hf import hf_shape, open_hf_named
+from megacocomix.checkpoint.external.hf import check_complete, hf_shape, open_hf_named
 from megacocomix.checkpoint.external.source import (
     NEXT_TOKEN,
     Hints,
@@ -36,7 +36,7 @@ def find_partitions(path: Path) -> Path | None:
         if folder.is_dir() and list(folder.glob("*_optim_states.pt")):
             return folder
     if newest:
-        raise UserError(f"{latest} names {newest}, which holds no *_optim_states.pt: copy that folder too.")
+        raise UserError(f"{latest} names {newest}, which holds no *_optim_states.pt of ZeRO: copy that folder too.")
     return None
 
 
@@ -45,7 +45,11 @@ def open_deepspeed(path: Path, hints: Hints) -> Source:
     store = MergedPartitions(find_partitions(path))
     if "embed.tokens.weight" in store.shapes:
         return _open_ours(path, store, hints)
-    shape = hf_shape(path) if (path / "config.json").is_file() else _shape(path, store, "wte", "wpe", hints)
+    if (path / "config.json").is_file():
+        check_complete(path)
+        shape = hf_shape(path)
+    else:
+        shape = _shape(path, store, "wte", "wpe", hints)
     return open_hf_named("DeepSpeed ZeRO checkpoint of a Hugging Face GPT-2", path, store, shape, hints)
 
 

@@ -12,7 +12,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,7 +25,7 @@ from megacocomix.checkpoint.external.source import (
     parameter_shapes,
 )
 from megacocomix.checkpoint.hf_names import COCOMIX_FORMAT, from_hf, hf_shapes
-from megacocomix.checkpoint.tensors import FLOATS, WRAPPED, SafetensorFiles, sharded_files, unwrapped_name
+from megacocomix.checkpoint.tensors import SafetensorFiles, sharded_files, unwrapped_name
 from megacocomix.config.method import ARCHITECTURE, MethodConfig
 from megacocomix.config.schema import ModelConfig
 from megacocomix.config.yaml_text import read_yaml
@@ -34,19 +33,21 @@ from megacocomix.errors import UserError
 from megacocomix.files import damaged
 from megacocomix.model.gpt2 import LAYER_NORM_EPS
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # takes seconds, and few callers need it
-
 # The only options that the first exports recorded. Those models have the defaults of the others.
 FIRST_OPTIONS = ("insertion_layer", "num_concepts", "num_kept")
 HEAD = "lm_head.weight"
+# Other names of sizes, which transformers obeys too (GPT2Config.attribute_map).
+ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
 # Heads of other tasks, which a causal LM does not compute.
 OTHER_HEADS = re.compile(r"(?:score|classifier|multiple_choice_head|qa_outputs|v_head)\..+")
 # Some versions of transformers store the causal mask, the number that stands for minus infinity in it, and a second
 # copy of the tied embedding.
 HARMLESS = re.compile(rf"(?:transformer\.)?h\.\d+\.attn\.(?:masked_)?bias|lm_head\.weight|{OTHER_HEADS.pattern}")
-# What wraps a whole model of transformers whose own names begin with `model.`.
-WRAPPED_MODEL = re.compile(rf"{WRAPPED.pattern}|^model\.(?=(?:model|lm_head)\.)")
 
 
 def open_hf(folder: Path, hints: Hints) -> Source:
@@ -113,51 +114,6 @@ def check_complete(folder: Path) -> None:
         raise UserError(f"{folder}/config.json names code of its own (auto_map): its model is not transformers' GPT-2.")
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype) -> "PreTrainedModel":
-    """Load a causal language model of any architecture as transformers' class, in eval mode on the CPU. No code from
-    the folder is run. Raises UserError, also if tensors of the model are missing or others are beside them."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    check_complete(folder)
-    store = SafetensorFiles(sharded_files(folder), lambda name: WRAPPED_MODEL.sub("", name))
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns in a table of what the check below says in one line
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            key_mapping={WRAPPED_MODEL.pattern: ""},
-        )
-    except Exception as error:  # transformers raises many types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} cannot be loaded by transformers as a causal LM: {reason:.200}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    # transformers fills missing tensors with random values and ignores unexpected ones.
-    unexpected = {key for key in loading["unexpected_keys"] if not OTHER_HEADS.fullmatch(key)}
-    if model.config.model_type == "gpt2":  # of which it does not even report names that contain "attn.bias"
-        known = model.state_dict().keys()
-        own = (name for name in store.shapes if not HARMLESS.fullmatch(name))
-        unexpected |= {name for name in own if not {name, f"transformer.{name}"} & known}
-    if unfit := sorted({*loading["missing_keys"], *unexpected}):
-        raise UserError(f"{folder}/config.json does not fit its weights: {unfit[0]} and {len(unfit) - 1} more tensors.")
-    # It casts integers, such as quantized weights without their scales, to floating-point numbers.
-    for name, _ in model.named_parameters():
-        if store.dtypes.get(name, FLOATS[0]) not in FLOATS:
-            raise UserError(
-                f"{store.file_of(name)}: {name} is of type {store.dtypes[name]}; {' '.join(FLOATS)} are read."
-            )
-    if not getattr(model.config.get_text_config(), "max_position_embeddings", None):
-        raise UserError(f"{folder} does not record how many tokens it reads: set max_position_embeddings.")
-    return model.eval()
-
-
 def hf_model_type(folder: Path) -> str | None:
     """The model_type in config.json of a Hugging Face folder. Raises UserError if the file is missing or damaged."""
     return config_json(folder).get("model_type")
@@ -169,6 +125,9 @@ def hf_shape(folder: Path) -> ModelConfig:
     values = config_json(folder)
     if values.get("model_type") not in ("gpt2", "cocomix"):
         raise UserError(f"{folder} is a {values.get('model_type')} model; only gpt2 and cocomix can be read here.")
+    for other, key in ALIASES.items():
+        if other in values and values.setdefault(key, values[other]) != values[other]:
+            raise UserError(f"{folder}/config.json: {key} is {values[key]}, but {other} is {values[other]}.")
     try:
         shape = ModelConfig(
             num_layers=values["n_layer"],
@@ -190,6 +149,8 @@ def hf_shape(folder: Path) -> ModelConfig:
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": True,
         "quantization_config": None,
+        "is_causal": True,
+        "pruned_heads": {},
     }
     for key, value in expected.items():
         if values.get(key, value) != value and not (key == "n_inner" and values[key] == 4 * shape.hidden_size):

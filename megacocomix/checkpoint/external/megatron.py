@@ -60,10 +60,14 @@ EXPECTED = {
     "multi_latent_attention": False,
     "qk_layernorm": False,
     "window_size": None,
+    "qk_l2_norm": False,
+    "attention_output_gate": False,
     "softmax_type": "vanilla",
+    "softmax_scale": None,
     "retro_add_retriever": False,
     "mtp_num_layers": None,
     "layernorm_epsilon": 1e-5,
+    "norm_epsilon": 1e-5,
     "apply_residual_connection_post_layernorm": False,
     "untie_embeddings_and_output_weights": False,
     "position_embedding_type": "learned_absolute",
@@ -74,6 +78,8 @@ EXPECTED = {
     "add_bias_linear": True,
     "num_experts": None,
 }
+
+SIZES = ("num_layers", "hidden_size", "max_position_embeddings", "ffn_hidden_size")
 
 
 def find_ranks(path: Path) -> list[Path]:
@@ -153,6 +159,9 @@ class _Ranks:
         for file, iteration in zip(files, iterations, strict=True):
             if iteration != iterations[0]:
                 raise UserError(f"{file} is of iteration {iteration}, but {files[0]} of {iterations[0]}.")
+        for file, content in zip(files, contents, strict=True):
+            if _settings(content) != _settings(contents[0]):
+                raise UserError(f"{file} has another checkpoint_version, or other sizes in its args, than {files[0]}.")
         self._shards = [_flat(content, file) for content, file in zip(contents, files, strict=True)]
         self.shapes, self.dtypes = {}, {}
         for name, shard in self._shards[0].items():
@@ -163,6 +172,10 @@ class _Ranks:
                         f"{files[rank]}: {name} is {found}, but {list(shard.shape)} in {files[0].parent.name}."
                     )
             size, dim = list(shard.shape), _sharded_dim(name)
+            if dim is None and not all(torch.allclose(each[name], shard, 1e-2, 1e-3) for each in self._shards):
+                raise UserError(
+                    f"{files[0].parent.parent}: {name} differs between its ranks: they are of several runs."
+                )
             if dim is not None and len(size) > dim:
                 size[dim] *= len(files)
             self.shapes[name] = tuple(size)
@@ -179,6 +192,13 @@ class _Ranks:
         """A whole tensor, from all ranks' shards."""
         dim = _sharded_dim(name)
         return self._shards[0][name] if dim is None else torch.cat([shards[name] for shards in self._shards], dim)
+
+
+def _settings(content: dict) -> dict:
+    """What must be the same in all ranks."""
+    arguments = vars(content["args"]) if isinstance(content.get("args"), Namespace) else {}
+    keys = (*EXPECTED, *SIZES, "num_attention_heads", "vocab_size")
+    return {key: arguments.get(key) for key in keys} | {"checkpoint_version": content.get("checkpoint_version")}
 
 
 def _sharded_dim(name: str) -> int | None:
@@ -223,11 +243,11 @@ def _shape(store: _Ranks, hints: Hints, path: Path) -> ModelConfig:
     for name in (TOKENS, OUTER["embed.positions.weight"]):
         if len(store.shapes.get(name, ())) != 2:
             raise UserError(f"{store.files[0]} lacks {name}.")
-    num_heads = hints.num_heads or arguments.get("num_attention_heads")
+    num_heads = arguments.get("num_attention_heads") or hints.num_heads
     if not isinstance(num_heads, int):
         raise UserError(f"{path} does not record its number of attention heads: give --num-heads.")
     rows, width = store.shapes[TOKENS]
-    vocab_size = hints.vocab_size or arguments.get("vocab_size")
+    vocab_size = arguments.get("vocab_size") or hints.vocab_size
     if not isinstance(vocab_size, int):
         raise UserError(
             f"{path} does not record its vocabulary without padding ({rows} rows with it): give --vocab-size."
@@ -239,11 +259,16 @@ def _shape(store: _Ranks, hints: Hints, path: Path) -> ModelConfig:
             f"{path}: {num_heads} attention heads do not divide width {width}, or not among {len(store.files)} ranks."
         )
     layers = {int(match[1]) for name in store.shapes if (match := re.match(r"encoder\.layers\.(\d+)\.", name))}
+    num_layers, context = max(layers, default=0) + 1, store.shapes[OUTER["embed.positions.weight"]][0]
+    sizes = zip(SIZES, (num_layers, width, context, 4 * width), strict=True)
+    for key, size in sizes:
+        if arguments.get(key, size) not in (size, None):
+            raise UserError(f"{path}: {key} is {arguments[key]} in its args, but {size} by its tensors.")
     return ModelConfig(
-        num_layers=max(layers, default=0) + 1,
+        num_layers=num_layers,
         hidden_size=width,
         num_heads=num_heads,
-        context=store.shapes[OUTER["embed.positions.weight"]][0],
+        context=context,
         vocab_size=vocab_size,
         dropout=0.0,
     )
