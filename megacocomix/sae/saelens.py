@@ -54,6 +54,7 @@ HOOKS = {
     "hook_mlp_out": "resid_delta_mlp",
     "hook_attn_out": "resid_delta_attn",
 }
+INPUT_HOOKS = ("hook_resid_pre", "hook_in")
 NORMALIZATIONS = {
     "none": "none",
     "constant_norm_rescale": "rescale",
@@ -82,7 +83,6 @@ FIXED = {
     "model_kwargs": ({},),  # how the teacher is run
     "use_error_term": (False,),  # adds x - x_hat to x_hat
 }
-HOOKS_BEFORE = ("hook_resid_pre", "hook_in")
 # How the teacher was loaded, without a change of the residual. TransformerLens' other options change it, or are another
 # teacher. center_writing_weights removes its mean, which is computed here; revision is recorded.
 MODEL_KWARGS = {
@@ -171,8 +171,8 @@ def read_saelens(
     if is_centered and center is None and form["normalization"] in CENTERED:
         if not re.match(LAYERNORM_MODELS, name := str(about.get("model_name"))):
             raise UserError(
-                f"{path}: center_writing_weights removes the mean only if the teacher has LayerNorm, which is not known "
-                f"of {name}: give --center if it has, --no-center if it has RMSNorm."
+                f"{path}: center_writing_weights removes the mean only if the teacher has LayerNorm, and {name} is not "
+                "known to have it: give --center if it has, --no-center if it has RMSNorm."
             )
         form["normalization"] = CENTERED[form["normalization"]]
     info = _hook(path, about)
@@ -293,16 +293,17 @@ def _hook(path: Path, about: dict) -> dict[str, Any]:
         return {}
     found = re.fullmatch(r"blocks\.(\d+)\.(hook_\w+)", name)
     hook = module_hook(name.removesuffix(".hook_out"))
-    if found and found[2] in HOOKS:
-        hook = {"sae_layer": int(found[1]), "location": HOOKS[found[2]]}
-    if found and found[2] in HOOKS_BEFORE and found[1] != "0":
+    is_input = bool(found) and found[2] in INPUT_HOOKS and found[1] != "0"
+    if is_input:
         hook = {"sae_layer": int(found[1]) - 1, "location": "resid_post_mlp"}
+    elif found and found[2] in HOOKS:
+        hook = {"sae_layer": int(found[1]), "location": HOOKS[found[2]]}
     if not hook:
         raise UserError(
             f"{path}: hook {name} is not a residual location of a block. Valid: {' '.join(HOOKS)}, or a block, its MLP "
             "or its attention as transformers names them."
         )
-    layer = int(re.search(r"\.(\d+)", name)[1])
+    layer = hook["sae_layer"] + is_input
     for key in ("hook_layer", "hook_point_layer"):
         if about.get(key) not in (None, layer, str(layer)):
             raise UserError(f"{path}: {key} {about[key]} contradicts the hook {name}.")
