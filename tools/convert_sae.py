@@ -48,7 +48,11 @@ def main() -> None:
     hints.add_argument("--layer", type=int, metavar="L", help="block whose residual it reads, from 0")
     hints.add_argument("--location", choices=get_args(Location))
     hints.add_argument("--context", type=int, metavar="T", help="tokens of a window it was trained on")
-    hints.add_argument("--center", action="store_true", help="it was trained on TransformerLens' mean-centred residual")
+    hints.add_argument(
+        "--center",
+        action=argparse.BooleanOptionalAction,
+        help="it was trained on TransformerLens' mean-centred residual (default: as its cfg.json states)",
+    )
     hints.add_argument(
         "--input-scale",
         type=float,

@@ -143,6 +143,19 @@ class CocomixTopK(nn.Module):
         return logits_BTC.topk(self.num_kept, dim=-1)
 
 
+class CocomixCompress(nn.Linear):
+    """The K largest logits and their indices, both [B, T, K] → a weighted sum of K columns, [B, T, D]. A module, so
+    that the hooks run that load its weights, or read its output."""
+
+    def forward(self, value_BTK, index_BTK=None):
+        """[B, T, K] twice → [B, T, D], without a dense product over C. Without indices, values are [B, T, C]."""
+        if index_BTK is None:
+            return super().forward(value_BTK)
+        # Autocast casts both operands of a product, but not those of embedding_bag. That has no gradient in bf16 on
+        # CUDA before torch 2.13 either, and is slower.
+        return (value_BTK.unsqueeze(-2) @ self.weight.T[index_BTK]).squeeze(-2) + self.bias
+
+
 class CocomixTransformer(nn.Module):
     """The model without its next-token head."""
 
@@ -163,7 +176,7 @@ class CocomixTransformer(nn.Module):
             if config.mix == "predicted":
                 self.num_concepts = config.num_concepts
                 self.top_k = CocomixTopK(config)
-                self.compress_layer = nn.Linear(config.num_concepts, config.n_embd)
+                self.compress_layer = CocomixCompress(config.num_concepts, config.n_embd)
         elif config.predict == "hidden":
             self.hidden_predictor = CocomixHiddenPredictor(config)
             if config.mix == "predicted":
@@ -223,14 +236,12 @@ class CocomixTransformer(nn.Module):
         return torch.stack((x_BTD, vector_BTD), dim=2).flatten(1, 2), logits_BTC
 
     def compress(self, value_BTK, index_BTK):
-        """The K largest logits → a weighted sum of their K columns, [B, T, D], without a dense product over C."""
-        layer = self.compress_layer
-        if type(layer) is not nn.Linear:  # an adapter, say: it computes more than its weight does
-            zeros_BTC = value_BTK.new_zeros(*value_BTK.shape[:2], self.num_concepts)
-            return layer(zeros_BTC.scatter(-1, index_BTK, value_BTK))
-        # Autocast casts both operands of a product, but not those of embedding_bag. That has no gradient in bf16 on
-        # CUDA before torch 2.13 either, and is slower.
-        return (value_BTK.unsqueeze(-2) @ layer.weight.T[index_BTK]).squeeze(-2) + layer.bias
+        """The K largest logits and their indices, [B, T, K] → the concept vector, [B, T, D]."""
+        if isinstance(self.compress_layer, CocomixCompress):
+            return self.compress_layer(value_BTK, index_BTK)
+        # An adapter around it, say, which reads dense inputs.
+        zeros_BTC = value_BTK.new_zeros(*value_BTK.shape[:2], self.num_concepts)
+        return self.compress_layer(zeros_BTC.scatter(-1, index_BTK, value_BTK))
 
 
 @dataclass
@@ -316,6 +327,14 @@ class CocomixForCausalLM(PreTrainedModel, GenerationMixin):
         given = input_ids if inputs_embeds is None else inputs_embeds
         batch, num_tokens = given.shape[:2]
         num_cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if num_cached:
+            keys = past_key_values.layers[-1].keys  # of a quantised cache, those not yet quantised: perhaps none
+            width = self.transformer.h[-1].attn.num_slots * self.config.n_embd // self.config.n_head
+            if keys.numel() and keys.shape[-1] != width:
+                raise ValueError(
+                    f"past_key_values was not made by this model: the last block's keys have {keys.shape[-1]} numbers, "
+                    f"not {width}. Prefix tuning cannot be used with interleaved concepts; prompt tuning can."
+                )
         num_all = num_cached + num_tokens
         if num_all > self.config.n_positions:
             raise ValueError(f"{num_all} tokens do not fit the context of {self.config.n_positions}.")

@@ -27,7 +27,7 @@ from megacocomix.sae.external import ExternalSAE
 from megacocomix.sae.file import load_sae, save_sae, writing_out
 from megacocomix.sae.formats import read_external_sae
 from megacocomix.sae.measure import SAEReport, measure_sae
-from megacocomix.sae.model import SAE
+from megacocomix.sae.model import CENTERED, SAE
 from megacocomix.sae.saelens import write_saelens
 from megacocomix.teacher.load import load_teacher_model, teacher_tokenizer
 from megacocomix.teacher.model import Teacher, TeacherModel
@@ -52,7 +52,7 @@ class SAEConversion:
     layer: int | None
     location: Location | None
     context: int | None
-    center: bool
+    center: bool | None
     input_scale: float | None
     accept_fvu: float | None
 
@@ -73,20 +73,20 @@ def convert_sae(job: SAEConversion) -> Converted:
     check_absent(job.out)
     if job.text and not job.teacher:
         raise UserError("--text is read by a teacher: give --teacher DIR too.")
+    for name, least in {"layer": 0, "context": 1, "accept_fvu": 0}.items():
+        if (value := getattr(job, name)) is not None and not value >= least:  # "not >=" also refuses nan
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
     found = _read(job)
     sae, info = found.sae, found.info
-    if job.center:
-        if sae.form.normalization != "none":
-            raise UserError(
-                f"--center is for an autoencoder that normalises nothing; this one does {sae.form.normalization}."
-            )
-        sae.form = replace(sae.form, normalization="center")
     given = {"sae_layer": job.layer, "location": job.location, "context": job.context}
-    info |= {key: value for key, value in given.items() if value is not None}
+    for key, value in given.items():
+        if value is not None and info.setdefault(key, value) != value:
+            raise UserError(
+                f"--{key.removeprefix('sae_')} {value} contradicts {job.source}, which records {info[key]}: leave the "
+                "option out, or correct the record (cfg.json, or the names of the folders)."
+            )
     if missing := [option for key, option in (("sae_layer", "--layer"), ("location", "--location")) if key not in info]:
         raise UserError(f"{job.source} does not record its layer and location: give {' and '.join(missing)}.")
-    if info["sae_layer"] < 0:
-        raise UserError(f"--layer {info['sae_layer']} must be at least 0.")
     sae.info, fit = info, {}
     if job.teacher:
         model = load_teacher_model(local_folder(job.teacher, download=True))
@@ -124,11 +124,12 @@ def measure_fit(teacher: Teacher, sae: SAE, tokens_N: Tensor) -> dict[int, SAERe
 
 def _read(job: SAEConversion) -> ExternalSAE:
     if Path(job.source).exists():
-        return read_external_sae(Path(job.source), job.input_scale)
+        return read_external_sae(Path(job.source), job.input_scale, job.center)
     repository, folder = "/".join(job.source.split("/")[:2]), "/".join(job.source.split("/")[2:])
     if not is_hub_name(repository):
         raise UserError(f"{job.source} does not exist.")
-    found = read_external_sae(local_folder(repository, download=True, under=folder or None), job.input_scale)
+    local = local_folder(repository, download=True, under=folder or None)
+    found = read_external_sae(local, job.input_scale, job.center)
     found.info["source"] |= {"repository": repository, "revision": local_folder(repository).name}
     return found
 
@@ -197,9 +198,9 @@ def _check_fit(job: SAEConversion, teacher: Teacher, sae: SAE, tokens_N: Tensor,
 def _fit_everywhere(model: TeacherModel, sae: SAE, tokens_N: Tensor) -> dict[str, float]:
     """The variance left unexplained at every block and location, with the mean kept and removed; keys are options."""
     variants = {"": sae}
-    if sae.form.normalization == "none":
+    if (kind := sae.form.normalization) in CENTERED:
         variants[" --center"] = centered = copy(sae)
-        centered.form = replace(sae.form, normalization="center")
+        centered.form = replace(sae.form, normalization=CENTERED[kind])
     fvus = {}
     for layer, location in product(range(len(model.blocks)), get_args(Location)):
         try:

@@ -2,6 +2,7 @@
 harmless. Anything else is refused by its name."""
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,15 @@ from megacocomix.checkpoint.tensors import unwrapped_name
 from megacocomix.errors import UserError
 from megacocomix.files import damaged
 from megacocomix.sae.model import SAE, check_dtypes
+
+# Modules inside a block of a transformers model → our locations.
+MODULE_LOCATIONS = {
+    "": "resid_post_mlp",
+    ".mlp": "resid_delta_mlp",
+    ".attn": "resid_delta_attn",
+    ".attention": "resid_delta_attn",
+    ".self_attn": "resid_delta_attn",
+}
 
 
 @dataclass
@@ -98,6 +108,15 @@ def whole_number(values: Mapping[str, Any], key: str, source: str) -> int:
     if type(value) is not int:
         raise UserError(f"{source}: its {key} is missing or not a whole number.")
     return value
+
+
+def module_hook(name: str) -> dict[str, Any]:
+    """`sae_layer` and `location` of a module that has transformers' name, such as model.layers.5 or h.3.mlp; {} for any
+    other name."""
+    found = re.fullmatch(r"(?:[\w.]+\.)?(?:layers|h|blocks)\.(\d+)(\.\w+)?", name)
+    if not found or (found[2] or "") not in MODULE_LOCATIONS:
+        return {}
+    return {"sae_layer": int(found[1]), "location": MODULE_LOCATIONS[found[2] or ""]}
 
 
 def scale_input(weights: dict[str, Tensor], factor: float) -> None:

@@ -13,6 +13,8 @@ tensor or setting that is not known is refused by its name.
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,14 @@ from megacocomix.sae.external import (
     check_fixed,
     check_keys,
     check_tensors,
+    module_hook,
     read_cfg,
     read_tensors,
     scale_input,
     unwrap,
     whole_number,
 )
-from megacocomix.sae.model import SAE, SAEForm
+from megacocomix.sae.model import CENTERED, SAE, SAEForm
 from megacocomix.sae.saelens import read_saelens
 
 # Counts of how often latents were active in training.
@@ -48,27 +51,20 @@ SPARSIFY_WEIGHTS = {
 SPARSIFY_FIXED = {"activation": ("topk",), "signed": (False,), "transcode": (False,), "skip_connection": (False,)}
 # Sizes are checked against the tensors. The rest concerns training; naive_decoder is which kernel decodes.
 SPARSIFY_KNOWN = {"d_in", "num_latents", "k", "expansion_factor", "normalize_decoder", "multi_topk", "naive_decoder"}
-# Modules of transformers' models → our locations.
-MODULE_HOOKS = {
-    "": "resid_post_mlp",
-    ".mlp": "resid_delta_mlp",
-    ".attn": "resid_delta_attn",
-    ".attention": "resid_delta_attn",
-    ".self_attn": "resid_delta_attn",
-}
 
 # What unexpected values in an external file raise. A pickle that would run code has been refused before.
 UNEXPECTED = (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError, RecursionError)
 
 
-def read_external_sae(path: Path, input_scale: float | None = None) -> ExternalSAE:
+def read_external_sae(path: Path, input_scale: float | None = None, center: bool | None = None) -> ExternalSAE:
     """Read an autoencoder of any format above, fp32, on the CPU. `input_scale` is what its inputs have to be multiplied
-    by, if its files do not record that; it is folded into the weights. Raises UserError for anything else, and for a
-    computation that ours does not have."""
+    by, if its files do not record that; it is folded into the weights. `center` says whether it was trained on a
+    residual without its mean; None: as its files say. Raises UserError for anything else, and for a computation that
+    ours does not have."""
     if input_scale is not None and not (math.isfinite(input_scale) and input_scale > 0):
         raise UserError(f"--input-scale {input_scale} must be a positive number.")
     try:
-        found = _read(path, input_scale)
+        found = _read(path, input_scale, center)
     except UserError:
         raise
     except UNEXPECTED as error:
@@ -79,14 +75,18 @@ def read_external_sae(path: Path, input_scale: float | None = None) -> ExternalS
             f"--input-scale is for an autoencoder that reads inputs of any scale; {path} scales each row by itself "
             f"({found.sae.form.normalization})."
         )
+    if center:
+        if (kind := found.sae.form.normalization) not in CENTERED:
+            raise UserError(f"--center is for an autoencoder that keeps the mean of a row; {path} does {kind}.")
+        found.sae.form = replace(found.sae.form, normalization=CENTERED[kind])
     return found
 
 
-def _read(path: Path, input_scale: float | None) -> ExternalSAE:
+def _read(path: Path, input_scale: float | None, center: bool | None) -> ExternalSAE:
     if path.is_file() and path.suffix in (".pt", ".pth"):
         return _read_openai(path, input_scale)
     if (path / "cfg.json").is_file():
-        readers = {"sae_weights.safetensors": read_saelens, "sae.safetensors": _read_sparsify}
+        readers = {"sae_weights.safetensors": partial(read_saelens, center=center), "sae.safetensors": _read_sparsify}
         if (files := [file for file in readers if (path / file).is_file()]) == list(readers):
             raise UserError(f"{path} holds both {' and '.join(files)}: it is not clear which cfg.json describes.")
         for file in files:
@@ -156,8 +156,4 @@ def _read_sparsify(path: Path, cfg: dict, tensors: dict[str, Tensor], input_scal
     sae = SAE.from_weights(weights, form, source)
     folder = path.absolute()
     folder = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
-    found = re.fullmatch(r"(?:[\w.]+\.)?(?:layers|h|blocks)\.(\d+)(\.\w+)?", folder.name)
-    info = {}
-    if found and (found[2] or "") in MODULE_HOOKS:
-        info = {"sae_layer": int(found[1]), "location": MODULE_HOOKS[found[2] or ""]}
-    return ExternalSAE(sae, "sparsify", info)
+    return ExternalSAE(sae, "sparsify", module_hook(folder.name))

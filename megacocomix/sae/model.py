@@ -2,7 +2,7 @@
 
 One class computes every supported kind of autoencoder; `SAEForm` holds the differences:
 
-    xn    = normalize(x)                              none | center | standardize | rescale, by row
+    xn    = normalize(x)                              none | center | standardize | rescale | center_rescale, by row
     pre   = encoder (xn - pre_bias) + latent_bias     C numbers
     value = ReLU of the K largest of pre (topk)       K numbers and their indices; the other latents are zero
             or of all positive ones (relu)            K is then the largest count of positive ones in a row
@@ -25,7 +25,9 @@ from megacocomix.errors import UserError, nearest
 from megacocomix.model.concept import STANDARDIZE_EPS, standardize
 
 Activation = Literal["topk", "relu"]
-Normalization = Literal["standardize", "center", "rescale", "none"]
+Normalization = Literal["standardize", "center", "rescale", "center_rescale", "none"]
+# What is computed if a row's mean is removed first.
+CENTERED: dict[Normalization, Normalization] = {"none": "center", "rescale": "center_rescale"}
 
 # The others of torch need a scale to be numbers (float8), or are none (integers, complex).
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,7 +46,7 @@ class SAEForm:
     normalization: Normalization = "standardize"
     """standardize: remove the mean, divide by the unbiased std (OpenAI's TopK, SAELens' layer_norm). center: remove the
     mean (what TransformerLens' centred weights do to the residual). rescale: multiply by √D / norm (SAELens'
-    constant_norm_rescale). none."""
+    constant_norm_rescale). center_rescale: center, then rescale. none."""
     eps: float = STANDARDIZE_EPS
     """Added to the std, not to the variance under the root."""
 
@@ -66,14 +68,14 @@ class SAEForm:
         """[..., D] -> normed [..., D], and the mean and scale that undo it ([..., 1] or numbers); all fp32."""
         if self.normalization == "standardize":
             return standardize(x, self.eps)
-        x = x.float()
-        if self.normalization == "none":
-            return x, 0.0, 1.0
-        if self.normalization == "center":
+        x, mean, scale = x.float(), 0.0, 1.0
+        if self.normalization in ("center", "center_rescale"):
             mean = x.mean(-1, keepdim=True)
-            return x - mean, mean, 1.0
-        norm = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-        return x / norm, 0.0, norm
+            x = x - mean
+        if self.normalization in ("rescale", "center_rescale"):
+            scale = x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+            x = x / scale
+        return x, mean, scale
 
 
 def check_dtypes(weights: Mapping[str, Tensor], source: str) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,11 +40,12 @@ from megacocomix.sae.external import (
     check_keys,
     check_tensors,
     flag,
+    module_hook,
     read_cfg,
     scale_input,
     whole_number,
 )
-from megacocomix.sae.model import SAE, SAEForm
+from megacocomix.sae.model import CENTERED, SAE, SAEForm
 
 # Hook points of TransformerLens → our locations.
 HOOKS = {
@@ -52,6 +54,7 @@ HOOKS = {
     "hook_mlp_out": "resid_delta_mlp",
     "hook_attn_out": "resid_delta_attn",
 }
+INPUT_HOOKS = ("hook_resid_pre", "hook_in")
 NORMALIZATIONS = {
     "none": "none",
     "constant_norm_rescale": "rescale",
@@ -81,12 +84,14 @@ FIXED = {
     "use_error_term": (False,),  # adds x - x_hat to x_hat
 }
 # How the teacher was loaded, without a change of the residual. TransformerLens' other options change it, or are another
-# teacher. center_writing_weights removes its mean, which is computed here.
+# teacher. center_writing_weights removes its mean, which is computed here; revision is recorded.
 MODEL_KWARGS = {
     "center_writing_weights", "fold_ln", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
-    "dtype", "torch_dtype", "device", "n_devices", "device_map", "move_to_device", "trust_remote_code",
+    "revision", "dtype", "torch_dtype", "device", "n_devices", "device_map", "move_to_device", "trust_remote_code",
     "default_prepend_bos", "default_padding_side", "low_cpu_mem_usage", "attn_implementation",
 }  # fmt: skip
+# TransformerLens centres these teachers; those with RMSNorm it leaves as they are, whatever the setting says.
+LAYERNORM_MODELS = r"(?:[\w.-]+/)?(?:(?:distil)?gpt2|pythia-|opt-|gpt-neo|gpt-?j)"
 # Settings of some version that change neither what is computed nor where: data, initial values, losses, schedules,
 # logs, and resampling (before 0.1). Weights are stored as training left them. Also harmless: `noise_scale`, the noise
 # that 3.0 and later add in training only; `prepend_bos` and `exclude_special_tokens`, which choose training rows, where
@@ -111,10 +116,15 @@ HARMLESS = """
 """
 
 
-def read_saelens(path: Path, cfg: dict, tensors: dict[str, Tensor], input_scale: float | None) -> ExternalSAE:
-    """`input_scale` is the factor of `expected_average_only_in` where the folder does not record it."""
+def read_saelens(
+    path: Path, cfg: dict, tensors: dict[str, Tensor], input_scale: float | None, center: bool | None
+) -> ExternalSAE:
+    """`input_scale` is the factor of `expected_average_only_in` where the folder does not record it. Unless `center` is
+    None, the caller removes the mean or keeps it, and what the folder states about that is not used."""
     source = str(path)
-    about = {**cfg, **(cfg.get("metadata") or {})}
+    if not isinstance(metadata := cfg.get("metadata", {}), dict):
+        raise UserError(f"{path}: metadata {json.dumps(metadata)} in cfg.json is not an object.")
+    about = {**cfg, **metadata}
     form = _activation(cfg, source)
     known = READ | FIXED.keys() | set(HARMLESS.split()) | (set() if "metadata" in cfg else READ_BEFORE_6)
     check_keys(cfg, known, "SAELens", source)  # its metadata may hold anything, because nothing is computed with it
@@ -146,7 +156,7 @@ def read_saelens(path: Path, cfg: dict, tensors: dict[str, Tensor], input_scale:
         norm_C = weights["decoder"].norm(dim=1)
         weights["encoder"] = weights["encoder"] * norm_C[:, None]
         weights["latent_bias"] = weights["latent_bias"] * norm_C
-        weights["decoder"] = weights["decoder"] / norm_C[:, None]
+        weights["decoder"] = F.normalize(weights["decoder"], dim=1)  # a row of zeros stays one
     if not flag(cfg, "apply_b_dec_to_input", True, source):
         undone_C = weights["encoder"] @ weights["pre_bias"]  # of the pre_bias that we subtract
         weights["latent_bias"] = weights["latent_bias"] + undone_C
@@ -157,10 +167,17 @@ def read_saelens(path: Path, cfg: dict, tensors: dict[str, Tensor], input_scale:
             "here is the same, remove them from model_from_pretrained_kwargs in cfg.json."
         )
     form["normalization"] = NORMALIZATIONS[normalize]
-    if flag(model_kwargs, "center_writing_weights", False, source) and form["normalization"] == "none":
-        form["normalization"] = "center"
+    is_centered = flag(model_kwargs, "center_writing_weights", False, source)
+    if is_centered and center is None and form["normalization"] in CENTERED:
+        if not re.match(LAYERNORM_MODELS, name := str(about.get("model_name"))):
+            raise UserError(
+                f"{path}: center_writing_weights removes the mean only if the teacher has LayerNorm, and {name} is not "
+                "known to have it: give --center if it has, --no-center if it has RMSNorm."
+            )
+        form["normalization"] = CENTERED[form["normalization"]]
     info = _hook(path, about)
     info |= {"teacher": about.get("model_name"), "context": about.get("context_size")}
+    info["revision"] = model_kwargs.get("revision")
     return ExternalSAE(
         SAE.from_weights(weights, SAEForm(**form), source),
         "saelens",
@@ -246,7 +263,9 @@ def _average_factor(path: Path, given: float | None) -> float:
 def _scaler_factor(path: Path) -> float | None:
     if not (file := path / "activation_scaler.json").is_file():
         return None
-    return _positive(read_cfg(file).get("scaling_factor"), file)
+    if (scaler := read_cfg(file)).get("has_whitening"):
+        raise UserError(f"{file} states has_whitening: its inputs were whitened, which is not computed here.")
+    return _positive(scaler.get("scaling_factor"), file)
 
 
 def _store_factor(path: Path) -> float | None:
@@ -267,26 +286,36 @@ def _positive(factor: Any, file: Path) -> float | None:
 
 
 def _hook(path: Path, about: dict) -> dict[str, Any]:
-    """Block and location of a TransformerLens hook point. A block's input is the output of the block before."""
+    """Block and location of a hook point: TransformerLens' name, or transformers' name of a module, which may end in
+    .hook_out. A block's input is the output of the block before."""
     name = about.get("hook_name") or about.get("hook_point")
     if not name:
         return {}
     found = re.fullmatch(r"blocks\.(\d+)\.(hook_\w+)", name)
-    if not found or (found[2] not in HOOKS and (found[2] != "hook_resid_pre" or found[1] == "0")):
-        raise UserError(f"{path}: hook {name} is not a residual location of a block. Valid: {' '.join(HOOKS)}.")
-    layer = int(found[1])
+    hook = module_hook(name.removesuffix(".hook_out"))
+    is_input = bool(found) and found[2] in INPUT_HOOKS and found[1] != "0"
+    if is_input:
+        hook = {"sae_layer": int(found[1]) - 1, "location": "resid_post_mlp"}
+    elif found and found[2] in HOOKS:
+        hook = {"sae_layer": int(found[1]), "location": HOOKS[found[2]]}
+    if not hook:
+        raise UserError(
+            f"{path}: hook {name} is not a residual location of a block. Valid: {' '.join(HOOKS)}, or a block, its MLP "
+            "or its attention as transformers names them."
+        )
+    layer = hook["sae_layer"] + is_input
     for key in ("hook_layer", "hook_point_layer"):
-        if about.get(key, layer) not in (layer, None):
+        if about.get(key) not in (None, layer, str(layer)):
             raise UserError(f"{path}: {key} {about[key]} contradicts the hook {name}.")
-    if found[2] == "hook_resid_pre":
-        return {"sae_layer": layer - 1, "location": "resid_post_mlp"}
-    return {"sae_layer": layer, "location": HOOKS[found[2]]}
+    return hook
 
 
 def write_saelens(sae: SAE, folder: Path) -> None:
     """Write a folder that SAELens 6 loads with `SAE.load_from_disk`, with the same values and reconstructions. Raises
     UserError for an eps that SAELens cannot represent."""
-    kinds = {"standardize": "layer_norm", "rescale": "constant_norm_rescale", "none": "none", "center": "none"}
+    is_centered = sae.form.normalization in CENTERED.values()
+    kinds = {"standardize": "layer_norm", "rescale": "constant_norm_rescale", "none": "none"}
+    kinds |= {after: kinds[before] for before, after in CENTERED.items()}
     if sae.form.normalization == "standardize" and sae.form.eps != 1e-5:
         raise UserError(f"SAELens' layer_norm adds 1e-5 to the std; this autoencoder adds {sae.form.eps}.")
     hook = {location: hook for hook, location in HOOKS.items()}.get(sae.info.get("location"))
@@ -296,7 +325,7 @@ def write_saelens(sae: SAE, folder: Path) -> None:
         "hook_name": f"blocks.{sae.info['sae_layer']}.{hook}" if hook and "sae_layer" in sae.info else None,
         "context_size": sae.info.get("context"),
         "prepend_bos": False,
-        "model_from_pretrained_kwargs": {"center_writing_weights": sae.form.normalization == "center"},
+        "model_from_pretrained_kwargs": {"center_writing_weights": is_centered},
     }
     cfg = {
         "architecture": "topk" if sae.form.activation == "topk" else "standard",

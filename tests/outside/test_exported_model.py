@@ -12,8 +12,9 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from external_checkpoints import huggingface_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import StaticCache, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging as hf_logging
@@ -140,6 +141,25 @@ def test_torch_compile_sees_one_graph_and_changes_nothing(name, folders):
     loss.backward()
     close(loss.detach(), expected[0])
     close(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), expected[1])
+
+
+def test_weights_that_accelerate_keeps_elsewhere_give_the_same(model, tmp_path):
+    expected = model(TOKENS).logits
+    on_disk = copy.deepcopy(model)
+    disk_offload(on_disk, tmp_path, execution_device="cpu")
+    for offloaded in (cpu_offload(copy.deepcopy(model), execution_device="cpu"), on_disk):
+        assert all(parameter.is_meta for parameter in offloaded.parameters())
+        assert torch.equal(offloaded(TOKENS).logits, expected)
+
+
+def test_a_hook_on_the_compress_layer_reads_the_concept_vectors(with_concepts):
+    kept, vectors = [], []
+    with_concepts.transformer.top_k.register_forward_hook(lambda _, __, output: kept.append(output))
+    layer = with_concepts.transformer.compress_layer
+    layer.register_forward_hook(lambda _, __, output: vectors.append(output))
+    with_concepts(TOKENS)
+    dense = torch.zeros(*TOKENS.shape, tiny.LATENTS).scatter(-1, kept[0].indices, kept[0].values)
+    close(vectors[0], torch.nn.functional.linear(dense, layer.weight, layer.bias))
 
 
 # ---- gradient checkpointing
@@ -451,3 +471,16 @@ def test_trainer_trains_lora_in_bf16_with_gradient_checkpointing(with_concepts, 
     options = {"max_steps": 12, "learning_rate": 1e-2, "optim": "adamw_torch", "gradient_checkpointing": True}
     _, losses = trained(model, tmp_path, bf16=True, gradient_accumulation_steps=2, **options)
     assert sum(losses[-3:]) < sum(losses[:3]) - 0.3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_prefix_tuning_is_refused_by_name_where_concepts_are_interleaved(folders, name):
+    model = CocomixForCausalLM.from_pretrained(folders(name))
+    tuned = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    inputs = {"input_ids": TOKENS[:, :9], "labels": TOKENS[:, :9]}
+    if not model.config.interleaves:
+        tuned(**inputs).loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in tuned.parameters() if p.requires_grad)
+        return
+    with pytest.raises(ValueError, match=r"keys have 8 numbers, not 16\. Prefix tuning cannot be used"):
+        tuned(**inputs)

@@ -142,6 +142,8 @@ def test_an_input_factor_that_is_not_recorded_has_to_be_given(tmp_path, cfg):
         (SAELENS_6 | AVERAGE, {"scaling_factor": -1}, None, "factor -1 of the inputs"),
         (SAELENS_6 | AVERAGE, {"scaling_factor": "1"}, None, "holds unexpected values"),
         (SAELENS_6, {"scaling_factor": 0.25}, None, "has the factor 0.25, but normalize_activations is none"),
+        (SAELENS_6, {"scaling_factor": None, "has_whitening": True}, None, "states has_whitening"),
+        (SAELENS_6 | AVERAGE, {"scaling_factor": 1, "has_whitening": True}, None, "states has_whitening"),
         (SAELENS_6, {"scaling_factor": None}, 0.0, "--input-scale 0.0 must be a positive number"),
         (SAELENS_6 | {"normalize_activations": "layer_norm"}, {}, 2.0, "scales each row by itself .standardize."),
         (
@@ -235,8 +237,96 @@ def test_quantised_weights_are_refused_by_name(tmp_path, dtype):
             read_external_sae(file)
 
 
-def metadata(**changes):
-    return STANDARD_6 | {"metadata": STANDARD_6["metadata"] | changes}
+def metadata(cfg=STANDARD_6, **changes):
+    return cfg | {"metadata": cfg["metadata"] | changes}
+
+
+CENTERED = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+
+
+# As SAELENS_SAYS; X without the mean of each row, which is added to the reconstruction.
+@pytest.mark.parametrize("normalize", ["constant_norm_rescale", "none"])
+def test_a_centred_residual_is_centred_before_it_is_rescaled(tmp_path, normalize):
+    cfg = metadata(SAELENS_6 | {"normalize_activations": normalize}, **CENTERED)
+    weights = write_saelens(tmp_path / "sae", cfg)
+    found = read_external_sae(tmp_path / "sae")
+    mean = X.double().mean(-1, keepdim=True)
+    latents, reconstruction = saelens_dense(weights, cfg, X - mean)
+    computes(found.sae, latents, reconstruction + mean)
+    if normalize == "constant_norm_rescale":
+        latents, reconstruction = computed(found.sae)
+        values = (latents > 0).sum(), latents.double().sum(), reconstruction.double().norm(), reconstruction[3, 5]
+        assert [each.item() for each in values] == pytest.approx((140, 1758.98, 1442.15, 32.6125), rel=1e-5)
+    found.sae.info = found.info
+    save_sae(found.sae, tmp_path / "ours.safetensors", found.info)
+    export(load_sae(tmp_path / "ours.safetensors"), tmp_path / "back")
+    assert read_external_sae(tmp_path / "back").sae.form == found.sae.form
+
+
+@pytest.mark.parametrize("name", ["gpt2-small", "distilgpt2", "EleutherAI/pythia-70m-deduped", "opt-125m", "gpt-j-6B"])
+def test_centred_weights_of_a_layernorm_teacher_centre_the_residual(tmp_path, name):
+    write_saelens(tmp_path / "sae", metadata(model_name=name, **CENTERED))
+    assert read_external_sae(tmp_path / "sae").sae.form.normalization == "center"
+    assert read_external_sae(tmp_path / "sae", center=False).sae.form.normalization == "none"
+
+
+@pytest.mark.parametrize("name", ["gemma-2-2b", "meta-llama/Llama-3.1-8B", "mistral-7b", "qwen2-0.5b", "mine", None])
+def test_whether_the_residual_of_any_other_teacher_was_centred_has_to_be_given(tmp_path, name):
+    write_saelens(tmp_path / "sae", metadata(model_name=name, **CENTERED))
+    with pytest.raises(UserError, match=f"{name} is not known to have it: give --center if it has, --no-center"):
+        read_external_sae(tmp_path / "sae")
+    assert read_external_sae(tmp_path / "sae", center=True).sae.form.normalization == "center"
+    assert read_external_sae(tmp_path / "sae", center=False).sae.form.normalization == "none"
+    write_saelens(tmp_path / "norm", metadata(model_name=name, **CENTERED) | {"normalize_activations": "layer_norm"})
+    assert read_external_sae(tmp_path / "norm").sae.form.normalization == "standardize"  # which centres anyway
+
+
+def test_a_decoder_row_of_zeros_adds_nothing_where_latents_are_rescaled_by_its_norm(tmp_path):
+    """SAELens 6.54.12 gives the same latents, but reconstructs NaN: 0 · (1 / 0). The values are its own without the
+    latent, which is never active."""
+    weights = write_saelens(tmp_path / "sae", SAELENS_6 | {"rescale_acts_by_decoder_norm": True})
+    weights["W_dec"][3] = 0
+    save_file(weights, tmp_path / "sae/sae_weights.safetensors")
+    latents, reconstruction = computed(read_external_sae(tmp_path / "sae").sae)
+    found = (latents > 0).sum(), latents.double().sum(), reconstruction.double().norm(), reconstruction[3, 5]
+    assert [each.item() for each in found] == pytest.approx((140, 16612.6, 1528.22, 3.83095), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("hook", "layer", "location"),
+    [
+        ("transformer.h.4", 4, "resid_post_mlp"),
+        ("model.layers.4", 4, "resid_post_mlp"),
+        ("gpt_neox.layers.4", 4, "resid_post_mlp"),
+        ("model.layers.4.mlp", 4, "resid_delta_mlp"),
+        ("model.layers.4.self_attn", 4, "resid_delta_attn"),
+        ("blocks.4.hook_out", 4, "resid_post_mlp"),
+        ("blocks.4.hook_in", 3, "resid_post_mlp"),
+        ("blocks.4.mlp.hook_out", 4, "resid_delta_mlp"),
+        ("blocks.4.attn.hook_out", 4, "resid_delta_attn"),
+    ],
+)
+def test_a_hook_may_have_the_name_of_a_module(tmp_path, hook, layer, location):
+    write_saelens(tmp_path / "sae", metadata(hook_name=hook, model_class_name="AutoModelForCausalLM"))
+    info = read_external_sae(tmp_path / "sae").info
+    assert (info["sae_layer"], info["location"]) == (layer, location)
+    write_saelens(tmp_path / "wrong", SAELENS_5 | {"hook_name": hook, "hook_layer": 7})
+    with pytest.raises(UserError, match="hook_layer 7 contradicts the hook"):
+        read_external_sae(tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("hook", ["transformer.wte", "model.layers.4.mlp.up_proj", "blocks.0.hook_in", "blocks.4.ln1"])
+def test_a_hook_beside_the_residual_is_refused_by_name(tmp_path, hook):
+    write_saelens(tmp_path / "sae", metadata(hook_name=hook))
+    with pytest.raises(UserError, match=f"hook {hook} is not a residual location"):
+        read_external_sae(tmp_path / "sae")
+
+
+def test_a_layer_may_be_text_and_a_revision_is_recorded(tmp_path):
+    kwargs = {"model_from_pretrained_kwargs": {"revision": "step1000"}}
+    write_saelens(tmp_path / "sae", SAELENS_5 | {"hook_layer": "4"} | kwargs)
+    info = read_external_sae(tmp_path / "sae").info
+    assert (info["sae_layer"], info["revision"]) == (3, "step1000")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +337,8 @@ def metadata(**changes):
             STANDARD_6 | {"activation_fn": "topk", "activation_fn_kwargs": {"k": 5}},
             "activation_fn activation_fn_kwargs",
         ),
+        (STANDARD_6 | {"metadata": None}, "metadata null in cfg.json is not an object"),  # as in SAELens
+        (STANDARD_6 | {"metadata": []}, r"metadata \[\] in cfg.json is not an object"),
         (STANDARD_6 | {"finetuning_scaling_factor": True}, "no version .*: finetuning_scaling_factor"),
         (STANDARD_6 | {"k": 5}, "k 5 belongs to topk"),
         (STANDARD_6 | {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm belongs to .* topk"),
@@ -377,7 +469,7 @@ def quartered(root):
 
 def conversion(root, source, out, **changes):
     options = dict.fromkeys(("tokenizer", "layer", "location", "context", "input_scale", "accept_fvu"))
-    options |= {"source": str(source), "out": out, "center": False, "teacher": str(root / "assets/teacher")}
+    options |= {"source": str(source), "out": out, "center": None, "teacher": str(root / "assets/teacher")}
     return SAEConversion(**options | {"text": str(root / "assets/corpus/wiki_vital.jsonl.gz")} | changes)
 
 
@@ -392,3 +484,13 @@ def test_a_wrong_scale_of_the_input_is_seen_and_named(root, quartered, tmp_path)
     given = convert_sae(right).fit
     (tmp_path / "sae/activation_scaler.json").write_text('{"scaling_factor": 0.25}')
     assert convert_sae(conversion(root, tmp_path / "sae", tmp_path / "read.safetensors")).fit == given
+
+
+def test_an_option_that_contradicts_the_record_is_refused_with_both(root, tmp_path):
+    write_saelens(tmp_path / "sae", SAELENS_6)
+    job = {"root": root, "source": tmp_path / "sae", "out": tmp_path / "out.safetensors", "teacher": None, "text": None}
+    given = {"layer": 3, "location": "resid_post_mlp", "context": 128}
+    for option, wrong in (("layer", 2), ("location", "resid_post_attn"), ("context", 64)):
+        with pytest.raises(UserError, match=f"--{option} {wrong} contradicts .*, which records {given[option]}"):
+            convert_sae(conversion(**job, **given | {option: wrong}))
+    assert convert_sae(conversion(**job, **given)).sae.info["sae_layer"] == 3

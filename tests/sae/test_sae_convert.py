@@ -1,6 +1,8 @@
 """An autoencoder that fits the teacher is converted. Others are refused, and the error names a place where they fit."""
 
+import math
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -43,6 +45,12 @@ def source(shipped, tmp_path_factory):
 
 
 @pytest.fixture
+def unplaced(source, tmp_path):
+    """The same file, whose name says nothing of its layer and location."""
+    return shutil.copy(source, tmp_path / "sae.pt")
+
+
+@pytest.fixture
 def job(root, source, tmp_path):
     return SAEConversion(
         source=str(source),
@@ -53,7 +61,7 @@ def job(root, source, tmp_path):
         layer=None,
         location=None,
         context=None,
-        center=False,
+        center=None,
         input_scale=None,
         accept_fvu=None,
     )
@@ -76,9 +84,9 @@ def test_a_fitting_autoencoder_is_measured_and_recorded(root, job, shipped):
     assert sae.info["measured"]["windows_of_256"]["fvu_standardized"] == done.fit[256].fvu_standardized
 
 
-def test_the_wrong_layer_is_refused_with_the_right_one_and_nothing_is_written(job):
+def test_the_wrong_layer_is_refused_with_the_right_one_and_nothing_is_written(job, unplaced):
     with pytest.raises(UserError) as caught:
-        convert_sae(replace(job, layer=0))
+        convert_sae(replace(job, source=str(unplaced), layer=0, location="resid_post_mlp"))
     (line,) = caught.value.problems
     assert re.search(r"leaves \d\.\d+ of the variance unexplained on windows of \d+ tokens .most accepted: 0\.5.", line)
     assert "it fits better, with 0.0" in line
@@ -86,8 +94,8 @@ def test_the_wrong_layer_is_refused_with_the_right_one_and_nothing_is_written(jo
     assert not job.out.exists()
 
 
-def test_the_wrong_location_is_refused_and_accept_fvu_overrides(job):
-    wrong = replace(job, location="resid_delta_mlp")
+def test_the_wrong_location_is_refused_and_accept_fvu_overrides(job, unplaced):
+    wrong = replace(job, source=str(unplaced), layer=3, location="resid_delta_mlp")
     with pytest.raises(UserError, match="--location resid_post_mlp"):
         convert_sae(wrong)
     fvu = convert_sae(replace(wrong, accept_fvu=100.0)).fit[256].fvu_standardized
@@ -113,7 +121,7 @@ def test_an_autoencoder_of_centred_activations_is_found_out(job, tmp_path, monke
         convert_sae(replace(job, source=str(tmp_path / "lens")))
     done = convert_sae(replace(job, source=str(tmp_path / "lens"), center=True))
     assert done.sae.form.normalization == load_sae(job.out).form.normalization == "center"
-    with pytest.raises(UserError, match="--center is for an autoencoder that normalises nothing"):
+    with pytest.raises(UserError, match=r"--center is for an autoencoder that keeps the mean .* does standardize"):
         convert_sae(replace(job, center=True, out=tmp_path / "other.safetensors"))
 
 
@@ -137,11 +145,22 @@ def test_without_text_it_is_written_unmeasured(job):
         ({"source": "nowhere"}, "nowhere does not exist"),
         ({"teacher": "nowhere"}, "nowhere does not exist"),
         ({"teacher": None}, "give --teacher"),
-        ({"layer": 9}, r"layer 9 is not one of 0 … 5"),
+        ({"layer": 9, "location": "resid_post_mlp", "source": "unplaced"}, r"layer 9 is not one of 0 … 5"),
+        ({"layer": 2}, r"--layer 2 contradicts .*3\.pt, which records 3"),
+        (
+            {"location": "resid_delta_mlp"},
+            r"--location resid_delta_mlp contradicts .*, which records resid_post_mlp",
+        ),
+        ({"context": 256}, r"--context 256 contradicts .*3\.pt, which records 64"),
+        ({"layer": -1}, "--layer -1 must be at least 0"),
+        ({"context": 0}, "--context 0 must be at least 1"),
+        ({"accept_fvu": math.nan}, "--accept-fvu nan must be at least 0"),
+        ({"accept_fvu": -1.0}, r"--accept-fvu -1\.0 must be at least 0"),
         ({"text": "nowhere.txt"}, r"nowhere\.txt does not exist"),
     ],
 )
-def test_a_mistake_is_one_line(job, changes, message):
+def test_a_mistake_is_one_line(job, unplaced, changes, message):
+    changes = {key: str(unplaced) if value == "unplaced" else value for key, value in changes.items()}
     with pytest.raises(UserError, match=message) as caught:
         convert_sae(replace(job, **changes))
     assert len(caught.value.problems) == 1

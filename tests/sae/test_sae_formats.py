@@ -173,7 +173,10 @@ def test_what_is_exported_for_saelens_reads_back_to_the_bit(tmp_path, architectu
         (lambda path: write_saelens(path, SAELENS_6 | {"k": True}), "whole number"),
         (lambda path: write_saelens(path, SAELENS_6 | {"d_in": 7}), "d_in 7, but W_enc"),
         (lambda path: write_saelens(path, SAELENS_6 | {"apply_b_dec_to_input": None}), "neither true nor false"),
-        (lambda path: write_saelens(path, SAELENS_6 | {"metadata": "text"}), "holds unexpected values"),
+        (
+            lambda path: write_saelens(path, SAELENS_6 | {"metadata": "text"}),
+            "metadata .text. .* is not an object",
+        ),
         (lambda path: write_saelens(path, SAELENS_5 | {"hook_name": {}, "hook_point": 5}), "holds unexpected values"),
         (lambda path: write_saelens(path, SAELENS_6 | {"normalize_activations": []}), "holds unexpected values"),
     ],
