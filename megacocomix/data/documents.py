@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -32,6 +32,7 @@ from megacocomix.errors import UserError
 
 BLOCK = 2**16
 ROWS = 1024  # rows of a table that are converted at a time
+STREAM_END = bytes.fromhex("ffffffff00000000")
 NUL_BYTES = 8000  # bytes in which a NUL means "not text", as git decides
 
 
@@ -116,8 +117,11 @@ def _lines(path: Path, advance: Callable) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as raw:
         position = 0
         lines = _decompressed(raw, path)
-        if b"\0" in lines.peek(NUL_BYTES)[:NUL_BYTES]:
+        head = lines.peek(NUL_BYTES)[:NUL_BYTES]
+        if b"\0" in head:
             raise UserError(f"{path} is not UTF-8 text: it is binary, or UTF-16.")
+        if b"\r" in head[:-1] and b"\n" not in head and file_kind(path)[0] != ".txt":
+            raise UserError(f"{path} has rows that end in a carriage return alone: convert its line ends to \\n.")
         for number, line in enumerate(lines, 1):
             advance(raw.tell() - position)
             position = raw.tell()
@@ -152,9 +156,9 @@ def _read_json(path: Path, field: str, advance: Callable) -> Iterator[str]:
     if _is_object(first):
         yield from _json_rows(path, field, chain([(number, first)], lines))
     elif first:
-        whole = _parse_json(first + "".join(line for _, line in lines), path, number)
-        for row_number, row in enumerate(whole if isinstance(whole, list) else [whole], 1):
-            yield _text(row, field, f"{path} row {row_number}")
+        whole = _parse_json(first + "".join(line for _, line in lines), field, path, number)
+        rows = enumerate(whole if isinstance(whole, list) else [whole], 1)
+        yield from _row_texts(((f"{path} row {row_number}", row) for row_number, row in rows), field)
 
 
 def _is_object(text: str) -> bool:
@@ -165,15 +169,38 @@ def _is_object(text: str) -> bool:
 
 
 def _json_rows(path: Path, field: str, lines: Iterable[tuple[int, str]]) -> Iterator[str]:
-    for number, line in lines:
-        if line.strip():
-            yield _text(_parse_json(line, path, number), field, f"{path} line {number}")
+    rows = ((f"{path} line {number}", _parse_json(line, field, path, number)) for number, line in lines if line.strip())
+    yield from _row_texts(rows, field)
 
 
-def _parse_json(text: str, path: Path, number: int) -> object:
+def _row_texts(rows: Iterable[tuple[str, object]], field: str) -> Iterator[str]:
+    """The texts of (place, JSON value). A row without the field counts as null, as in `datasets`, if others have it:
+    one of the first ROWS."""
+    lacking = None
+    for number, (where, row) in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is not a JSON object.")
+        if number == 1 and field not in row:
+            lacking = where, row
+        elif field in row:
+            lacking = None
+        elif lacking and number == ROWS:
+            break
+        yield _text(row.get(field), field, where)
+    if lacking:
+        _check_field(field, lacking[1], lacking[0])
+
+
+def _parse_json(text: str, field: str, path: Path, number: int) -> object:
     """The JSON value of a text that begins at line `number`."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        if len(row := dict(pairs)) < len(pairs) and [key for key, _ in pairs].count(field) > 1:
+            raise ValueError(f"an object holds {field!r} twice")
+        return row
+
     try:
-        return json.loads(text.rstrip())
+        return json.loads(text.rstrip(), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         where = f"{path} line {number + error.lineno - 1}"
         raise UserError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
@@ -191,11 +218,12 @@ def _read_csv(path: Path, field: str, advance: Callable) -> Iterator[str]:
         if (header := next(rows, None)) is None:
             return
         _check_field(field, header, f"{path} line {table.line_num}")
+        column = header.index(field)
         for row in rows:
             where = f"{path} line {table.line_num}"
             if len(row) != len(header):
                 raise UserError(f"{where} has {len(row)} columns, but the header has {len(header)}.")
-            yield _text(dict(zip(header, row, strict=True)), field, where)
+            yield _text(row[column], field, where)
     except csv.Error as error:
         raise UserError(f"{path} line {table.line_num} is not CSV: {error}.") from error
 
@@ -218,6 +246,7 @@ def _read_arrow(path: Path, field: str, advance: Callable) -> Iterator[str]:
             table = ipc.open_file(file)
             batches = (table.get_batch(index) for index in range(table.num_record_batches))
         else:
+            _check_end(file, path)
             batches = table = ipc.open_stream(file)
         _check_field(field, table.schema.names, str(path))
         yield from _column_texts(path, field, batches)
@@ -244,21 +273,34 @@ def _column_texts(path: Path, field: str, batches: Iterable[pyarrow.RecordBatch]
         for start in range(0, len(column), ROWS):
             for value in column.slice(start, ROWS).to_pylist():
                 number += 1
-                yield _text({field: value}, field, f"{path} row {number}")
+                yield _text(value, field, f"{path} row {number}")
+
+
+def _check_end(file: BinaryIO, path: Path) -> None:
+    """Raises UserError for an Arrow stream without its end marker: pyarrow takes one cut between two batches for whole.
+    Streams of Arrow before 0.15 have another marker."""
+    begins_now = file.read(4) == STREAM_END[:4]
+    file.seek(-min(len(STREAM_END), file.seek(0, io.SEEK_END)), io.SEEK_END)
+    if begins_now and file.read() != STREAM_END:
+        raise UserError(f"{path} is truncated: it does not end in Arrow's end-of-stream marker.")
+    file.seek(0)
 
 
 def _read_saved(folder: Path, field: str, advance: Callable) -> Iterator[str]:
     import datasets
 
     try:
-        rows = datasets.load_from_disk(str(folder))  # memory-mapped in place
+        rows = datasets.load_from_disk(str(folder)).with_format(None)  # memory-mapped in place
     except Exception as error:  # its parsers raise many types
         raise UserError(f"{folder} is not a readable dataset: {textwrap.shorten(str(error), 200)}") from error
+    for path in source_files(folder):
+        with open(path, "rb") as file:
+            _check_end(file, path)
     step = _size(folder) / max(1, len(rows))
     _check_field(field, rows.column_names, str(folder))
     for number, row in enumerate(rows.select_columns([field]), 1):
         advance(step)
-        yield _text(row, field, f"{folder} row {number}")
+        yield _text(row[field], field, f"{folder} row {number}")
 
 
 def _read_hub(name: str, field: str, left_out: LeftOut) -> Iterator[str]:
@@ -276,8 +318,8 @@ def _read_hub(name: str, field: str, left_out: LeftOut) -> Iterator[str]:
     if rows.column_names:
         _check_field(field, rows.column_names, name)
         rows = rows.select_columns([field])
-    for number, row in enumerate(_to_the_end(rows, name), 1):
-        yield _text(row, field, f"{name} row {number}")
+    numbered = enumerate(_to_the_end(rows, name), 1)
+    yield from _row_texts(((f"{name} row {number}", row) for number, row in numbered), field)
 
 
 def _to_the_end(rows: Iterable[dict], name: str) -> Iterator[dict]:
@@ -299,17 +341,15 @@ READERS = {
 }
 
 
-def _check_field(field: str, found: Iterable[str], where: str) -> None:
+def _check_field(field: str, found: Collection[str], where: str) -> None:
     if field not in found:
         names = textwrap.shorten(" ".join(found), 200)  # the first line of a .csv may be no header
         raise UserError(f"{where} has no field {field!r}. Choose one with --field: {names}")
+    if list(found).count(field) > 1:
+        raise UserError(f"{where} has the field {field!r} twice: rename one.")
 
 
-def _text(row: object, field: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object.")
-    _check_field(field, row, where)
-    value = row[field]
+def _text(value: object, field: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megacocomix.errors import UserError
-from megacocomix.files import is_lfs_pointer
+from megacocomix.files import damaged, is_lfs_pointer
 
 KINDS = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 COMPRESSIONS = {
@@ -25,6 +25,8 @@ COMPRESSIONS = {
 """Suffixes that may follow a kind → what such files begin with."""
 SUFFIXES = f"{' '.join(KINDS)}, also compressed ({' '.join(COMPRESSIONS)})"
 SAVED_DATASET = {"dataset_info.json", "state.json"}
+SPLITS = {"train": "train|training", "validation": "validation|valid|val|dev", "test": "test|testing|eval|evaluation"}
+"""Splits → the words in the name of a file or folder by which `datasets` knows them, between other than letters."""
 ABOUT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json"}
 """Files about a data set, which `datasets` does not read as data either."""
 
@@ -34,7 +36,7 @@ class LeftOut:
     """What was given, and is not used."""
 
     documents: int = 0
-    """Documents of white space alone, and rows whose field is null."""
+    """Documents of white space alone, and rows whose field is null or absent."""
     files: dict[str, int] = field(default_factory=dict)
     """Number of files of an unknown kind, by suffix."""
     links: int = 0
@@ -45,7 +47,7 @@ class LeftOut:
     def lines(self) -> Iterator[str]:
         """A line for the user about each of these, if there is any."""
         if self.documents:
-            yield f"left out: {self.documents:,} documents without text (only white space, or null)"
+            yield f"left out: {self.documents:,} documents without text (only white space, null, or no such field)"
         if self.files:
             yield f"left out: {_counts(self.files)} (files of a kind that is not read)"
         if self.links:
@@ -70,6 +72,7 @@ def find_sources(
     A folder means every saved dataset and every file in and below it, sorted by name. Links are followed, and a file
     with several names is read once. Hidden files and folders are ignored, as `datasets` does, except for hidden files
     of a known kind. These, and files of an unknown kind, are refused, or with `skip_unknown` counted in `left_out`.
+    A folder in which a validation or test split lies beside other files is refused.
     Raises UserError with a line for each input that does not exist or cannot be read, before anything is read.
     """
     counted = LeftOut() if left_out is None else left_out
@@ -91,6 +94,7 @@ def find_sources(
                     f"as {found.unknown[0]}. Give the files to read by name{remedy}."
                 )
             counted.files = _by_suffix(found.unknown, counted.files)
+            problems += _mixed_splits(path, found.sources)
         elif path.is_file() and file_kind(path):
             sources.append(path)
         elif path.exists():
@@ -106,10 +110,20 @@ def find_sources(
 
 
 def source_files(source: Path | str) -> list[Path]:
-    """The files of a source; none for a name on the Hub."""
+    """The files of a source in the order in which they are read; none for a name on the Hub. Raises UserError for a
+    saved dataset that is damaged."""
     if isinstance(source, str):
         return []
-    return sorted(source.glob("*.arrow")) if source.is_dir() else [source]
+    if source.is_file():
+        return [source]
+    state = source / "state.json"  # other .arrow files beside it are caches of `Dataset.map`
+    try:
+        files = [source / file["filename"] for file in json.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(state, repr(error)) from error
+    if absent := [file for file in files if not file.is_file()]:
+        raise UserError(f"{state} lists files that do not exist: {_some(absent)}.")
+    return files
 
 
 @dataclass
@@ -162,11 +176,41 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
             if "dataset_dict.json" in names:
                 _check_one_split(here)
                 names.remove("dataset_dict.json")
+            has_arrow = any(name.endswith(".arrow") for name in names)
+            if has_arrow and set(names) & SAVED_DATASET == {"dataset_info.json"}:
+                raise UserError(
+                    f"{here} is a cache of the `datasets` library, in which a row may lie several times: load the "
+                    "dataset, write it with save_to_disk, and give that folder."
+                )
             if set(names) >= SAVED_DATASET:
                 datasets.append(here)
                 names = [name for name in names if name not in SAVED_DATASET and not name.endswith(".arrow")]
-            files += [here / name for name in names if not name.startswith(".") or file_kind(name)]
+            files += [here / name for name in names if not name.startswith(".") or _is_hidden_data(name)]
     return files, datasets
+
+
+def _is_hidden_data(name: str) -> bool:
+    """Whether a hidden file is of a known kind, and not what we keep beside a token file (see `binary`)."""
+    return bool(file_kind(name)) and not name.endswith(".scan.json")
+
+
+def _mixed_splits(folder: Path, sources: Sequence[Path]) -> Iterator[str]:
+    """An error line if a folder holds text to validate or test on, and other text."""
+    found: dict[str | None, Path] = {}
+    for source in sources:
+        found.setdefault(_split(source.relative_to(folder)), source)
+    if len(found) > 1 and found.keys() - {"train", None}:
+        names = [f"{split or 'other files'} ({source.relative_to(folder)})" for split, source in found.items()]
+        yield f"{folder} holds several splits: {', '.join(names)}. Give the files or the folder of one by name."
+
+
+def _split(path: Path) -> str | None:
+    """The split that the first telling part of a path names."""
+    for part in path.parts:
+        for split, words in SPLITS.items():
+            if re.search(rf"(^|[-._ 0-9])({words})($|[-._ 0-9])", part, re.IGNORECASE):
+                return split
+    return None
 
 
 def _check_one_split(folder: Path) -> None:

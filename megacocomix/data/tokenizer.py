@@ -29,12 +29,14 @@ import numpy as np
 
 from megacocomix.data.tokenizer_identity import fast_sha256, files_sha256, sentencepiece_sha256, vocabulary_sha256
 from megacocomix.errors import UserError
-from megacocomix.files import check_absent, write_aside, write_json
+from megacocomix.files import check_absent, damaged, is_lfs_pointer, write_aside, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+BPE = 2  # the kind of a SentencePiece model
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # types of its pieces
 END_OF_TEXT = "<|endoftext|>"
 GPT2_FOLDER = Path(__file__).parent / "gpt2"
 GPT2_SHA256 = {
@@ -45,14 +47,15 @@ GPT2_SHA256 = {
 LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
 # In the tokenizer_config.json of a converted SentencePiece model: its hash, and the hash of what it became.
 CONVERTED_FROM = "converted_from"
-# SentencePiece's symbol for a space. If a text really contains this character, it is encoded as its bytes
-# (_encode_sentencepiece).
+# SentencePiece's symbol for a space. If a text really contains this character, our own models encode it as its bytes
+# (_encode_sentencepiece); it would be decoded as a space.
 SPACE_SYMBOL = "\u2581"
 # Texts that show whether two tokenizers prepare a text alike: blanks, line ends, letters that a normaliser changes,
 # letters and symbols without a token.
 PROBES = (
     "word", " two  blanks  ", "line\nline\n\n line", "tab\tand\r\n", "ﬁ Ａ ½ e\u0301 é ß İ",
     "Ünïcödé 漢字 🙂👩\u200d👧 \x00", "x = [1, 22, 333];  // it's 50,000.00 %", "", " ", "\n",
+    f"a{SPACE_SYMBOL}b {SPACE_SYMBOL}",
 )  # fmt: skip
 # SentencePiece trains on text in memory. 4 M lines are a few GB; more lines change a vocabulary little.
 MAX_TRAINING_LINES = 4_000_000
@@ -113,7 +116,8 @@ def tokenizer_files(spec: str | Path) -> dict[str, Path]:
         return {"vocab.json": GPT2_FOLDER / "encoder.json", "merges.txt": GPT2_FOLDER / "vocab.bpe"}
     if path.is_dir():
         names = ("vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-        return {file.name: file for file in path.iterdir() if file.name.startswith("tokenizer") or file.name in names}
+        files = [file for file in path.iterdir() if file.is_file()]
+        return {file.name: file for file in files if file.name.startswith("tokenizer") or file.name in names}
     return {"tokenizer.model": path}
 
 
@@ -155,16 +159,19 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         vocabulary=fast.get_vocab(),
         encode_batch=lambda texts: [encoding.ids for encoding in fast.encode_batch(texts)],
         decode=lambda ids: fast.decode([int(i) for i in ids], skip_special_tokens=False),
-        compute_sha256=lambda: fast_sha256(fast),
+        compute_sha256=lambda: fast_sha256(fast, END_OF_TEXT),
         cut=LINE_END,
     )
 
 
 def load_hf_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The transformers tokenizer in a folder. Code in the folder is not run. Raises UserError if it cannot be loaded,
-    has no vocabulary or has no end of text."""
+    has no vocabulary or has no end of text. Also for a SentencePiece model alone: transformers drops its normaliser."""
     from transformers import AutoTokenizer
 
+    _check_downloaded(*tokenizer_files(folder).values())
+    if (carried := folder_tokenizer(folder)) not in (None, str(folder)):
+        raise UserError(f"tokenizer {folder} is a SentencePiece model alone: give {carried}.")
     try:
         with tempfile.TemporaryDirectory() as copy:
             source = folder
@@ -185,6 +192,13 @@ def load_hf_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def _check_downloaded(*files: Path) -> None:
+    """Raises UserError if a file is a pointer of git-lfs."""
+    for file in files:
+        if is_lfs_pointer(file):
+            raise damaged(file, "a pointer")
+
+
 def _load_hugging_face(folder: Path) -> Tokenizer:
     hf = load_hf_tokenizer(folder)
     vocabulary, fast = hf.get_vocab(), getattr(hf, "backend_tokenizer", None)
@@ -195,7 +209,7 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
         if not fast:
             files = {name: file.read_bytes() for name, file in tokenizer_files(folder).items()}
             return files_sha256(type(hf).__name__, vocabulary, files)
-        sha256, origin = fast_sha256(fast), hf.init_kwargs.get(CONVERTED_FROM) or {}
+        sha256, origin = fast_sha256(fast, hf.eos_token), hf.init_kwargs.get(CONVERTED_FROM) or {}
         return origin["sha256"] if origin.get("became") == sha256 else sha256
 
     # verbose=False: no warning about documents longer than the model's context, which are common in pretraining data.
@@ -222,7 +236,9 @@ def _splits_as_gpt2(fast) -> bool:
 
 def _load_sentencepiece(path: Path) -> Tokenizer:
     import sentencepiece
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+    _check_downloaded(path)
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
@@ -231,36 +247,44 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         raise UserError(f"tokenizer {path} has no end-of-text token: train it with an eos token.")
     vocabulary = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
     model = processor.serialized_model_proto()
-    is_lossless = _is_lossless(model)
+    proto = ModelProto.FromString(model)
+    # Pieces of byte pairs are joined one by one, so no line end in a piece means that none is crossed. Scores of a
+    # unigram model are summed from the start of the text, and rounded there.
+    is_local = _is_lossless(proto) and proto.trainer_spec.model_type == BPE
     return Tokenizer(
         name=path.stem,
         vocab_size=processor.vocab_size(),
         eot_id=processor.eos_id(),
         vocabulary=vocabulary,
-        encode_batch=functools.partial(_encode_sentencepiece, processor, is_lossless),
+        encode_batch=functools.partial(_encode_sentencepiece, processor, _is_ours(proto)),
         decode=lambda ids: processor.decode([int(i) for i in ids]),
         compute_sha256=lambda: sentencepiece_sha256(model),
-        # Our own have no piece with a line end, so no token crosses one.
-        cut=LINE_END if is_lossless and not any("\n" in piece for piece in vocabulary) else None,
+        cut=LINE_END if is_local and not any("\n" in piece for piece in vocabulary) else None,
     )
 
 
-def _is_lossless(model: bytes) -> bool:
+def _is_lossless(proto) -> bool:
     """Whether a SentencePiece model leaves a text as it is, as those of `train_sentencepiece` do."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    proto = ModelProto.FromString(model)
     rules, kind = proto.normalizer_spec, proto.trainer_spec
     changes = rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces
     return not changes and rules.escape_whitespaces and not kind.treat_whitespace_as_suffix and kind.byte_fallback
 
 
-def _encode_sentencepiece(processor, is_lossless: bool, texts: list[str]) -> list[list[int]]:
+def _is_ours(proto) -> bool:
+    """Whether a SentencePiece model is of the form that `train_sentencepiece` makes. Only what a tokenizer's hash
+    covers is looked at, so models with one hash encode alike."""
+    types = [piece.type for piece in proto.pieces]
+    has_our_pieces = types[:258] == [UNKNOWN, CONTROL, *[BYTE] * 256] and proto.pieces[1].piece == END_OF_TEXT
+    is_learned = has_our_pieces and set(types[258:]) <= {NORMAL}
+    return is_learned and _is_lossless(proto) and proto.trainer_spec.model_type == BPE
+
+
+def _encode_sentencepiece(processor, is_ours: bool, texts: list[str]) -> list[list[int]]:
     encoded = processor.encode(texts, num_threads=1)
-    if is_lossless:
+    if is_ours:
         symbol_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
         for index, text in enumerate(texts):
-            if SPACE_SYMBOL in text:  # encoded as bytes, because its token would be decoded as a space
+            if SPACE_SYMBOL in text:
                 first, *rest = processor.encode(text.split(SPACE_SYMBOL), num_threads=1)
                 encoded[index] = functools.reduce(lambda ids, more: ids + symbol_bytes + more, rest, first)
     return encoded
@@ -403,8 +427,9 @@ def export_tokenizer(spec: str, out: Path) -> None:
     write_json(out / "tokenizer_config.json", settings)
     if spec != "gpt2":
         ours, theirs = load_tokenizer(spec), load_tokenizer(out)
-        for text in PROBES:
-            if ours.encode_batch([text]) != theirs.encode_batch([text]):
+        probes = [*PROBES, *_special_texts(out / "tokenizer.model")]
+        for text, *ids in zip(probes, ours.encode_batch(probes), theirs.encode_batch(probes), strict=True):
+            if ids[0] != ids[1]:
                 raise UserError(
                     f"tokenizer {spec} cannot be converted to tokenizer.json: {text!r} would get other ids. Give the "
                     "Hugging Face folder of this tokenizer."
@@ -413,9 +438,22 @@ def export_tokenizer(spec: str, out: Path) -> None:
         write_json(out / "tokenizer_config.json", settings)
 
 
+def _special_texts(model: Path) -> list[str]:
+    """Texts that hold the pieces of a SentencePiece model that were not learned: one alone, and inside others."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    pieces = ModelProto.FromString(model.read_bytes()).pieces
+    special = [piece.piece.replace(SPACE_SYMBOL, " ") for piece in pieces if piece.type not in (NORMAL, BYTE)]
+    around = ("{}", "a{}b", "word {} word", "1{}2", "\n{}\n", "{0}{0}", " {0} {0}")
+    words = [piece.piece.replace(SPACE_SYMBOL, " ") for piece in pieces if piece.type == NORMAL]
+    inside = [word for word in words if any(text in word for text in special)]
+    return [form.format(text) for text in special for form in around] + inside
+
+
 def _convert_sentencepiece(out: Path) -> dict[str, str]:
     """tokenizer.model → tokenizer.json, which needs no SentencePiece. Returns settings for tokenizer_config.json."""
     import sentencepiece
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from transformers import LlamaTokenizer
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
@@ -423,5 +461,11 @@ def _convert_sentencepiece(out: Path) -> dict[str, str]:
     # Llama's is SentencePiece's byte-pair scheme with byte fallback. Without these, its special tokens would be added.
     special = {"unk_token": unknown, "eos_token": end, "bos_token": end}
     converted = LlamaTokenizer.from_pretrained(out, add_prefix_space=False, **special)
-    converted.backend_tokenizer.save(str(out / "tokenizer.json"))
+    fast = converted.backend_tokenizer
+    if _is_ours(ModelProto.FromString(processor.serialized_model_proto())):
+        # Its pieces hold the space itself, so that the symbol in a text has no token, and becomes its bytes.
+        state = json.loads(fast.to_str().replace(SPACE_SYMBOL, " ")) | {"pre_tokenizer": None}
+        state["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+        fast = type(fast).from_str(json.dumps(state))
+    fast.save(str(out / "tokenizer.json"))
     return {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": unknown, "eos_token": end}

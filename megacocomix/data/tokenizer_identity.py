@@ -1,7 +1,7 @@
 """What identifies a tokenizer: a hash of everything that decides which ids a text gets and which text ids become.
 
 The forms below do not depend on file formats, on defaults written out or left out, or on special tokens, which are
-never looked for in a text: our GPT-2 and a Hugging Face folder of GPT-2 have the same hash.
+never looked for in a text: our GPT-2 and a Hugging Face folder of GPT-2 have the same hash, also with a padding token.
 """
 
 import hashlib
@@ -21,10 +21,15 @@ def vocabulary_sha256(tokens: dict[str, int]) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def fast_sha256(tokenizer: "Tokenizer") -> str:
+def fast_sha256(tokenizer: "Tokenizer", end_of_text: str) -> str:
     """Of a tokenizer of the `tokenizers` library: its vocabulary, model, normaliser, pre-tokeniser, decoder, and those
-    added tokens that are found in a text."""
+    added tokens that are found in a text or, as `end_of_text`, after it."""
     state = json.loads(tokenizer.to_str())
+    found = [token for token in state["added_tokens"] if not token["special"]]
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    for token in state["added_tokens"]:
+        if not token["special"] or token["content"] == end_of_text:
+            vocabulary[token["content"]] = token["id"]
     model = state["model"]
     if isinstance(model["vocab"], dict):
         del model["vocab"]  # in the vocabulary; a list has scores too
@@ -33,12 +38,12 @@ def fast_sha256(tokenizer: "Tokenizer") -> str:
     decoder = state["decoder"]
     return _sha256(
         {
-            "vocabulary": vocabulary_sha256(tokenizer.get_vocab()),
+            "vocabulary": vocabulary_sha256(vocabulary),
             "model": model,
             "normalizer": state["normalizer"],
             "pre_tokenizer": state["pre_tokenizer"],
             "decoder": {"type": "ByteLevel"} if decoder and decoder["type"] == "ByteLevel" else decoder,
-            "added_tokens": [token for token in state["added_tokens"] if not token["special"]],
+            "added_tokens": found,
         }
     )
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from megacocomix.data.documents import read_documents
@@ -187,6 +188,15 @@ UNFIT = {
     "ragged.csv": (b"text,n\na,1\nb\n", "line 3 has 1 columns, but the header has 2"),
     "open.csv": (b'text\na\n"b\nc\n', "line 4 is not CSV: unexpected end of data"),
     "header.csv": (b"a first line\nb\n", "line 1 has no field 'text'.*: a first line"),
+    "twice.csv": (b"text,n,text\na,1,b\n", "line 1 has the field 'text' twice"),
+    "twice.jsonl": (
+        b'{"text": "a"}\n{"text": "a", "text": "b"}\n',
+        "line 2 cannot be read: an object holds 'text' twice",
+    ),
+    "cr.csv": (b"text,n\ra,1\rb,2\r", "rows that end in a carriage return alone"),
+    "cr.jsonl": (b'{"text": "a"}\r{"text": "b"}\r', "rows that end in a carriage return alone"),
+    "other.jsonl": (b'{"id": 1}\n{"id": 2}\n', "line 1 has no field 'text'.*: id"),
+    "other.json": (b'[{"id": 1}]', "row 1 has no field 'text'.*: id"),
     "strings.json": (b'["a"]', "row 1 is not a JSON object"),
     "broken.json": (b'\n{\n "text": "a",\n "n": oops}', "line 4 is not JSON: Expecting value at column 7"),
     "number.json": (b'[{"text": "a"}, {"text": 3}]', "row 2: field 'text' holds int"),
@@ -209,6 +219,129 @@ def test_text_that_is_no_unicode_in_a_table_is_refused_by_name(tmp_path):
         writer.write_batch(pyarrow.record_batch([column], names=["text"]))
     with pytest.raises(UserError, match=r"a\.arrow cannot be read: .*UTF8"):
         read(tmp_path / "a.arrow")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_column_that_a_table_holds_twice_is_refused_by_name(tmp_path, suffix):
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UserError, match=rf"a\{suffix} has the field 'text' twice"):
+        read(tmp_path / f"a{suffix}")
+
+
+def test_a_row_without_the_field_is_null_as_in_datasets_unless_no_row_has_it(tmp_path, expected):
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"text": "a"}\n{"id": 2, "meta": {"text": "b"}}\n{"text": "c"}\n')
+    assert expected("json", tmp_path / "a.jsonl") == [None, "a", None, "c"]
+    left_out = LeftOut()
+    assert list(read_documents([tmp_path / "a.jsonl"], left_out=left_out)) == ["a", "c"] and left_out.documents == 2
+    (tmp_path / "late.jsonl").write_text('{"id": 1}\n' * 1024 + '{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"late\.jsonl line 1 has no field 'text'"):
+        read(tmp_path / "late.jsonl")
+
+
+def test_an_arrow_stream_that_is_cut_between_two_batches_is_refused(tmp_path):
+    """pyarrow and `datasets` read one as a shorter stream."""
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["a"] * 5000}).save_to_disk(tmp_path / "saved")
+    file = next((tmp_path / "saved").glob("*.arrow"))
+    whole = pyarrow.BufferReader(file.read_bytes())
+    for _ in range(3):
+        pyarrow.ipc.read_message(whole)
+    file.write_bytes(file.read_bytes()[: whole.tell()])
+    assert 0 < len(datasets.load_from_disk(str(tmp_path / "saved"))) < 5000
+    for source in (file, tmp_path / "saved"):
+        with pytest.raises(UserError, match=r"\.arrow is truncated: it does not end in Arrow's end-of-stream marker"):
+            read(source)
+
+
+LAYOUTS = {
+    "files": ["train.jsonl", "test.jsonl", "validation.jsonl"],
+    "shards": ["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"],
+    "folders": ["training/a.jsonl", "eval/a.jsonl", "dev/a.jsonl"],
+    "words in names": ["my-train_1.jsonl", "my_val.2.jsonl"],
+    "words in folders": ["wiki testing/a.jsonl", "wiki train/a.jsonl"],
+}
+
+
+def write_rows(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": name}) + "\n")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_in_which_datasets_finds_several_splits_is_refused(tmp_path, layout):
+    from datasets.data_files import get_data_patterns
+
+    names = LAYOUTS[layout]
+    write_rows(tmp_path / "in", names)
+    splits = {str(split) for split in get_data_patterns(str(tmp_path / "in"))}
+    with pytest.raises(
+        UserError, match=r"in holds several splits: .*Give the files or the folder of one by name"
+    ) as caught:
+        read(tmp_path / "in")
+    assert len(splits) == len(names) and all(f"{split} (" in str(caught.value) for split in splits)
+    assert read(*(tmp_path / "in" / name for name in names)) == names
+
+
+def test_a_folder_with_one_split_or_with_words_that_only_contain_a_splits_name_is_read(tmp_path):
+    for number, names in enumerate((["test.jsonl"], ["a.jsonl", "train.jsonl"], ["contest.jsonl", "trainer.jsonl"])):
+        write_rows(tmp_path / str(number), names)
+        assert read(tmp_path / str(number)) == names
+    write_rows(tmp_path / "mixed", ["a.jsonl", "test.jsonl"])
+    with pytest.raises(UserError, match=r"other files \(a\.jsonl\), test \(test\.jsonl\)"):
+        read(tmp_path / "mixed")
+
+
+def test_a_saved_dataset_is_the_files_that_its_state_lists_in_that_order(tmp_path):
+    import datasets
+
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"]}).save_to_disk(saved, num_shards=2)
+    prepare_data([str(saved)], tmp_path / "out", "gpt2")
+    datasets.load_from_disk(str(saved)).map(lambda row: {"length": len(row["text"])})
+    assert list(saved.glob("cache-*.arrow"))
+    assert prepare_data([str(saved)], tmp_path / "out", "gpt2")[1] is True
+    state = json.loads((saved / "state.json").read_bytes())
+    for listed in (state["_data_files"][::-1], state["_data_files"][:1]):
+        (saved / "state.json").write_text(json.dumps(state | {"_data_files": listed}))
+        assert read(saved) == datasets.load_from_disk(str(saved))["text"][:]
+        with pytest.raises(UserError, match=r"other settings \(sources\)"):
+            prepare_data([str(saved)], tmp_path / "out", "gpt2")
+    (saved / state["_data_files"][0]["filename"]).unlink()
+    with pytest.raises(UserError, match=r"state\.json lists files that do not exist: .*00000-of-00002\.arrow"):
+        read(saved)
+    (saved / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"state\.json is truncated or damaged"):
+        read(saved)
+
+
+@pytest.mark.parametrize("form", ["numpy", "arrow", "pandas"])
+def test_the_format_of_a_saved_dataset_hides_no_text(tmp_path, form):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]})
+    rows.with_format(form, columns=["n"]).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == ["a", "b"]
+
+
+def test_a_cache_of_datasets_is_refused_with_the_remedy(tmp_path, expected):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    expected("json", tmp_path / "a.jsonl")
+    for options in ({}, {"skip_unknown": True}):
+        with pytest.raises(UserError, match=r"is a cache of the `datasets` library.*save_to_disk"):
+            read(tmp_path / "cache", **options)
+
+
+def test_what_is_kept_beside_a_token_file_is_ignored(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / ".b.bin.scan.json").write_text("{}")
+    assert read(tmp_path) == ["a"]
 
 
 def test_pointers_of_git_lfs_are_refused_whatever_their_kind_also_in_a_saved_dataset(tmp_path):

@@ -88,6 +88,8 @@ def sentencepiece_model(file, **options):
     return file
 
 
+LOSSLESS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
+
 CHANGES = {
     "normaliser": lambda state: state.update(normalizer={"type": "Lowercase"}),
     "pre-tokeniser": lambda state: state["pre_tokenizer"].update(add_prefix_space=True),
@@ -129,6 +131,23 @@ def test_what_changes_no_id_changes_no_hash(tmp_path):
     assert load_tokenizer(save(fast, tmp_path / "second", pad_token=END, model_max_length=77)).sha256 == first
 
 
+def test_a_special_token_that_no_text_gives_changes_no_hash_but_the_end_of_text_does(tmp_path):
+    (tmp_path / "gpt2").mkdir()
+    export_tokenizer("gpt2", tmp_path / "gpt2")
+    hf = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    hf.add_special_tokens({"pad_token": "[PAD]"})
+    hf.save_pretrained(tmp_path / "padded")
+    own, padded = load_tokenizer("gpt2"), load_tokenizer(tmp_path / "padded")
+    assert "[PAD]" in padded.vocabulary and padded.encode_batch(["a [PAD]"]) == own.encode_batch(["a [PAD]"])
+    assert padded.sha256 == own.sha256 and padded.vocabulary_sha256 != own.vocabulary_sha256
+    hf.add_special_tokens({"eos_token": "[END]"})
+    hf.save_pretrained(tmp_path / "ended")
+    assert load_tokenizer(tmp_path / "ended").sha256 != own.sha256
+    hf.add_tokens(["quick brown"])
+    hf.save_pretrained(tmp_path / "added")
+    assert load_tokenizer(tmp_path / "added").sha256 != load_tokenizer(tmp_path / "ended").sha256
+
+
 def test_gpt2_has_one_hash_in_every_form(tmp_path):
     export_tokenizer("gpt2", tmp_path)
     AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")  # as a tokenizer.json
@@ -148,7 +167,10 @@ def test_a_converted_sentencepiece_model_keeps_its_hash_until_it_is_changed(tmp_
     own = train_sentencepiece([TEXT], tmp_path / "own.model", 320)
     (tmp_path / "hf").mkdir()
     export_tokenizer(tmp_path / "own.model", tmp_path / "hf")
-    assert load_tokenizer(tmp_path / "hf").sha256 == own.sha256
+    converted, text = load_tokenizer(tmp_path / "hf"), TEXT + "\u2581\u2581 fox\u2581  \n"
+    assert converted.sha256 == own.sha256
+    ids = AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"]
+    assert ids == own.encode_batch([text])[0] and converted.decode(ids) == own.decode(ids) == text
     state = json.loads((tmp_path / "hf/tokenizer.json").read_text())
     state["normalizer"] = {"type": "Lowercase"}
     (tmp_path / "hf/tokenizer.json").write_text(json.dumps(state))
@@ -234,7 +256,16 @@ def test_a_long_document_has_gpt2s_ids_of_the_whole_and_is_cut(tmp_path, short_c
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"add_dummy_prefix": False}, {"model_type": "bpe"}, {"normalization_rule_name": "identity"}]
+    "options",
+    [
+        {},
+        {"add_dummy_prefix": False},
+        {"model_type": "bpe"},
+        {"normalization_rule_name": "identity"},
+        LOSSLESS,
+        LOSSLESS | {"model_type": "bpe"},
+        LOSSLESS | {"model_type": "bpe", "user_defined_symbols": ["of the", "    ", "\n\t"]},
+    ],
 )
 def test_a_long_document_has_sentencepieces_ids_of_the_whole(tmp_path, short_chunks, options):
     """Also where the text holds the symbol that stands for a blank."""
@@ -263,3 +294,56 @@ def test_a_sentencepiece_model_is_converted_exactly_or_not_at_all(tmp_path):
     for options in (plain, {"model_type": "bpe"}):  # a blank before the text; a normaliser too
         with pytest.raises(UserError, match=r"cannot be converted to tokenizer\.json: .* would get other ids"):
             export_tokenizer(sentencepiece_model(tmp_path / "foreign.model", **options), tmp_path / "other")
+
+
+def test_a_long_document_is_cut_for_byte_pairs_alone(tmp_path):
+    """A unigram model adds up the scores of all pieces so far, and rounds."""
+    for kind, is_cut in {"bpe": True, "unigram": False}.items():
+        file = sentencepiece_model(tmp_path / f"{kind}.model", model_type=kind, **LOSSLESS)
+        assert bool(load_tokenizer(file).cut) == is_cut
+
+
+def user_defined(folder, piece):
+    (folder / "hf").mkdir()
+    return sentencepiece_model(folder / "a.model", model_type="bpe", user_defined_symbols=[piece], **LOSSLESS)
+
+
+@pytest.mark.parametrize("piece", ["    ", "of the", "<a b>", "\u2581\u2581\u2581"])
+def test_a_model_whose_user_defined_piece_transformers_does_not_find_is_not_converted(tmp_path, piece):
+    with pytest.raises(UserError, match=r"cannot be converted to tokenizer\.json: .* would get other ids"):
+        export_tokenizer(user_defined(tmp_path, piece), tmp_path / "hf")
+
+
+@pytest.mark.parametrize("piece", ["<sep>", "ing", "\t\t"])
+def test_a_model_with_another_user_defined_piece_is_converted_exactly(tmp_path, piece):
+    export_tokenizer(file := user_defined(tmp_path, piece), tmp_path / "hf")
+    text = f"a{piece}b {piece} the lazy  dogs\n{piece}{piece}jumping"
+    ids = AutoTokenizer.from_pretrained(tmp_path / "hf")(text, add_special_tokens=False)["input_ids"]
+    assert ids == sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(text)
+
+
+def test_the_symbol_of_a_space_is_read_as_sentencepiece_does_in_models_of_others(tmp_path):
+    text = "fox\u2581dogs \u2581\u2581 x"
+    for number, options in enumerate(({}, {"eos_piece": END}, {"user_defined_symbols": ["<sep>"]})):
+        file = sentencepiece_model(tmp_path / f"{number}.model", model_type="bpe", **LOSSLESS, **options)
+        expected = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(text)
+        (tmp_path / str(number)).mkdir()
+        export_tokenizer(file, tmp_path / str(number))
+        for spec in (file, tmp_path / str(number)):
+            assert load_tokenizer(spec).encode_batch([text]) == [expected]
+
+
+def test_a_folder_with_a_sentencepiece_model_alone_is_refused_with_the_remedy(tmp_path):
+    sentencepiece_model(tmp_path / "tokenizer.model", model_type="bpe")
+    with pytest.raises(UserError, match=r"is a SentencePiece model alone: give .*tokenizer\.model"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "a.model"])
+def test_a_pointer_of_git_lfs_in_place_of_a_tokenizers_file_is_named(tmp_path, name):
+    save(byte_level(), tmp_path)
+    (tmp_path / "tokenizer").mkdir()  # a folder is no file of a tokenizer
+    load_tokenizer(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=rf"{name} is a git-lfs pointer, .* run git lfs pull"):
+        load_tokenizer(tmp_path / name if name == "a.model" else tmp_path)
