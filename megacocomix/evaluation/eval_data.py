@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +40,14 @@ FIELDS = {
     "winogrande": ("sentence", "option1", "option2", "answer"),
 }
 """What the paper's tasks ask for. A null would be asked as the word None."""
+ANSWERS: dict[str, tuple[str, Callable[[Document], Collection]]] = {
+    "arc_easy": ("answerKey", lambda document: document["choices"]["label"]),
+    "hellaswag": ("label", lambda document: _numbers_of(document["endings"])),
+    "piqa": ("label", lambda document: (0, 1)),
+    "social_iqa": ("label", lambda document: ("1", "2", "3", 1, 2, 3)),
+    "winogrande": ("answer", lambda document: ("1", "2") if document["sentence"].count("_") == 1 else ()),
+}
+"""The field with the right answer, and the values that the harness understands. It counts any other as wrong."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,7 @@ def read_documents(folder: str | Path, task: str) -> tuple[list[Document], FileE
         if line.strip():
             documents.append(_document(line, f"line {number}", file))
             _check_fields(documents, FIELDS.get(task, ()), f"{file} line {number}")
+            _check_answer(documents[-1], task, f"{file} line {number}")
     if not documents:
         raise UserError(f"{file} contains no documents.")
     return documents, entry, sha256
@@ -169,6 +178,25 @@ def _document(line: bytes, where: str, file: Path) -> Document:
     if not isinstance(document, dict):
         raise UserError(f"{file} is not one JSON object per line ({where}: {type(document).__name__}).")
     return document
+
+
+def _numbers_of(choices: list) -> list:
+    return [*range(len(choices)), *map(str, range(len(choices)))] if isinstance(choices, list) else []
+
+
+def _check_answer(document: Document, task: str, where: str) -> None:
+    """Raises UserError if the document has no right answer, as those of unlabelled test sets."""
+    if task not in ANSWERS:
+        return
+    name, valid_of = ANSWERS[task]
+    try:
+        valid = valid_of(document)
+        is_valid = any(type(document[name]) is type(each) and document[name] == each for each in valid)
+    except (TypeError, KeyError, AttributeError):
+        valid, is_valid = (), False
+    if not is_valid:
+        known = f" Valid: {' '.join(json.dumps(each) for each in valid)}." if valid else ""
+        raise UserError(f"{where}: {name} {document[name]!r:.40} is no answer of this document of {task}.{known}")
 
 
 def _check_fields(documents: list[Document], asked: Sequence[str], where: str) -> None:

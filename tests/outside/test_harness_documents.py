@@ -134,3 +134,34 @@ def test_a_document_keeps_its_own_line_separators_and_a_byte_order_mark_is_none_
     content = "\ufeff" + json.dumps({"page": text}, ensure_ascii=False) + "\r\n" + json.dumps({"page": "b"})
     (tmp_path / "wikitext.jsonl").write_text(content, newline="")
     assert read_documents(tmp_path, "wikitext")[0] == [{"page": text}, {"page": "b"}]
+
+
+ARC = {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}
+HELLASWAG = {"activity_label": "Go", "ctx_a": "He goes.", "ctx_b": "he", "endings": ["x", "y"]}
+SIQA = {"context": "c", "question": "q", "answerA": "a", "answerB": "b", "answerC": "c"}
+
+
+@pytest.mark.parametrize(
+    ("task", "document", "right", "wrong"),
+    [
+        ("piqa", {"goal": "Go", "sol1": "x", "sol2": "y"}, [0, 1], [2, -1, "0", "", 1.0, True]),
+        ("hellaswag", HELLASWAG, ["0", "1", 1], ["2", "-1", "", 2]),
+        ("social_iqa", SIQA, ["1", "3", 2], ["0", "4", "A", "", 0]),
+        ("arc_easy", ARC, ["A", "B"], ["C", "", 1]),
+        ("winogrande", {"sentence": "a _ b", "option1": "x", "option2": "y"}, ["1", "2"], ["0", "", 1]),
+        ("winogrande", {"sentence": "a b", "option1": "x", "option2": "y"}, [], ["1"]),
+        ("hellaswag", HELLASWAG | {"endings": "abcd"}, [], ["1"]),
+    ],
+)
+def test_an_answer_that_the_harness_would_count_as_wrong_whatever_is_predicted_is_refused(
+    tmp_path, task, document, right, wrong
+):
+    field = {"arc_easy": "answerKey", "winogrande": "answer"}.get(task, "label")
+    for answers, is_right in ((right, True), (wrong, False)):
+        for answer in answers:
+            (tmp_path / f"{task}.jsonl").write_text(json.dumps(document | {field: answer}) + "\n")
+            if is_right:
+                assert len(read_documents(tmp_path, task)[0]) == 1
+            else:
+                with pytest.raises(UserError, match=rf"{task}\.jsonl line 1: {field} .* is no answer"):
+                    read_documents(tmp_path, task)
