@@ -4,7 +4,8 @@
     deepspeed launcher/pretrain.py --config configs/1.38b.yaml
     torchrun --nproc-per-node 8 launcher/pretrain.py --config configs/386m.yaml training.micro_batch=16
     python launcher/pretrain.py --config configs/tiny.yaml method.name=ntp run=runs/control
-    mpirun -n 2 python launcher/pretrain.py --config configs/tiny.yaml      srun starts it in the same way
+    mpirun -n 2 python launcher/pretrain.py --config configs/tiny.yaml
+    srun -n 2 python launcher/pretrain.py --config configs/tiny.yaml
 
 Exit codes: 0 finished, 2 an error in the config or its files, 75 saved and stopped on a signal, 1 any other error.
 torchrun turns 2 and 75 into 1. Under deepspeed, send the signal to the processes of pretrain.py.

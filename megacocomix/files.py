@@ -23,14 +23,20 @@ def is_lfs_pointer(path: str | Path) -> bool:
         return file.read(64).startswith(b"version https://git-lfs.github.com/spec/")
 
 
+def check_downloaded(path: str | Path) -> None:
+    """Raises UserError for a git-lfs pointer in place of a file."""
+    if is_lfs_pointer(path):
+        raise UserError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder.")
+
+
 def damaged(path: str | Path, error: object) -> UserError:
     """The error to raise for a file that cannot be read, for the reason `error`."""
     try:
-        is_pointer = is_lfs_pointer(path)
+        check_downloaded(path)
+    except UserError as pointer:
+        return pointer
     except OSError:
-        is_pointer = False
-    if is_pointer:
-        return UserError(f"{path} is a git-lfs pointer, not the file itself: run git lfs pull in its folder.")
+        pass
     reason = " ".join(str(error).split())
     return UserError(f"{path} is truncated or damaged: {reason:.150}")
 
@@ -76,8 +82,8 @@ def read_json(file: str | Path, format_: str, version: int, remedy: str) -> dict
         values = dict(json.loads(Path(file).read_bytes()))
         found = values["format"], values["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if Path(file).is_file() and is_lfs_pointer(file):
-            raise damaged(file, error) from None
+        if Path(file).is_file():
+            check_downloaded(file)
         raise UserError(f"{file} is missing or damaged ({type(error).__name__}): {remedy}.") from None
     if found != (format_, version):
         raise UserError(f"{file} has format {found[0]} version {found[1]}, not {format_} version {version}.")

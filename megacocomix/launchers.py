@@ -2,7 +2,6 @@
 WORLD_SIZE, MASTER_ADDR and so on; here the variables of the others become these. Imports no torch, which must be
 imported after the number of threads is set."""
 
-import math
 import os
 import re
 import zlib
@@ -34,7 +33,16 @@ MARKS = {
     "srun": ("SLURM_STEP_NUM_TASKS",),
 }
 # The number of processes or hosts that other launchers and services set. Their ranks are not read.
-SIZES = ("HOROVOD_SIZE", "MPIRUN_NPROCS", "MPISIZE", "MP_PROCS", "PET_NNODES", "SKYPILOT_NUM_NODES")
+SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "HOROVOD_SIZE",
+    "MPIRUN_NPROCS",
+    "MPISIZE",
+    "MP_PROCS",
+    "PET_NNODES",
+    "SKYPILOT_NUM_NODES",
+)
 # The variables that name the job, the same in all its processes.
 JOBS = {
     "Open MPI": ("PMIX_NAMESPACE",),
@@ -65,7 +73,9 @@ def set_ranks() -> Place:
     if place.local_size:
         os.environ["LOCAL_WORLD_SIZE"] = str(place.local_size)
     # Otherwise torch would use every core in each process.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (place.local_size or 1))))
+    share = (os.cpu_count() or 1) // (place.local_size or 1)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else share
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(share, allowed))))
     return place
 
 
@@ -91,11 +101,18 @@ def set_address(place: Place) -> None:
 def check_alone(command: str) -> None:
     """Raise UserError if this is one of several processes, for a command whose processes would do the same work and
     write the same files."""
-    place = find_place()
     # RANK and WORLD_SIZE alone are those of a pod, or exported for a launcher that is still to be started.
-    is_started = place.launcher in VARIABLES or any(map(os.environ.get, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")))
-    if place.size > 1 and is_started:
+    is_started = any(map(os.environ.get, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")))
+    place = find_place() if is_started else _started_place()
+    if place and place.size > 1:
         raise UserError(f"{command} works in one process, but {place.launcher} started {place.size}.")
+
+
+def is_bound_to_one_gpu() -> bool:
+    """Whether the launcher shows each process one GPU, which is then its only one, as srun --gpus-per-task=1 does.
+    torchrun and deepspeed show all processes the same."""
+    is_direct = _launcher() and not {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"} & os.environ.keys()
+    return bool(is_direct) and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")
 
 
 def is_first() -> bool:
@@ -112,7 +129,7 @@ def is_first() -> bool:
 def child_environment() -> dict[str, str]:
     """The environment for a process that is no rank of this job."""
     launchers = {name for names in VARIABLES.values() for name in names}
-    return {name: value for name, value in os.environ.items() if name not in launchers.union(OWN)}
+    return {name: value for name, value in os.environ.items() if name not in launchers.union(OWN, SIZES, ["SM_HOSTS"])}
 
 
 def find_place() -> Place:
@@ -145,7 +162,8 @@ def find_place() -> Place:
 
 def _check_no_other() -> None:
     """Raises UserError if a variable says that this is one of several, and none says which."""
-    found = next((name for name in SIZES if (_number(name) or 1) > 1), None)
+    numbers = {name: re.findall("[0-9]+", os.environ.get(name, "")) for name in SIZES}
+    found = next((name for name, each in numbers.items() if each and int(each[-1]) > 1), None)  # PET_NNODES=1:4
     if "SLURM_STEP_NUM_TASKS" not in os.environ and _number("SLURM_PROCID"):  # a batch script is 0
         found = "SLURM_PROCID"
     if len(re.findall(r'"', os.environ.get("SM_HOSTS", ""))) > 2:
@@ -174,7 +192,7 @@ def _started_place() -> Place | None:
         given, missing = (names[1], names[0]) if rank is None else (names[0], names[1] or "the number of processes")
         raise UserError(f"{given} is set, but {missing} is not: export RANK, WORLD_SIZE and LOCAL_RANK.")
     if launcher == "Flux" and (nodes := _number("FLUX_JOB_NNODES")):
-        local_size = math.ceil(size / nodes)
+        local_size = size if nodes == 1 else None
     if launcher == "srun":
         local_size = _tasks_on_this_node()
     return _checked(Place(rank, size, local_rank, 1 if size == 1 else local_size, launcher), names[0], names[1])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megacocomix.errors import UserError
-from megacocomix.files import damaged, is_lfs_pointer
+from megacocomix.files import check_downloaded, damaged
 
 STAND_INS = ("megatron.", "deepspeed.")
 NUMPY = ("_reconstruct", "scalar")
@@ -74,8 +74,7 @@ def load_pickle(path: Path) -> dict:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
         except pickle.UnpicklingError as error:
-            if is_lfs_pointer(path):
-                raise damaged(path, error) from None
+            check_downloaded(path)
             reason = str(error).partition("WeightsUnpickler error:")[2].strip().split("\n")[0]
             raise UserError(f"{path} cannot be read as weights only, nothing of it was run: {reason:.150}") from None
         except (RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:

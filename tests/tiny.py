@@ -67,16 +67,16 @@ def make_inputs(folder):
 def letters():
     """A tokenizer of the VOCAB tokens of a tiny run: printable ASCII, the line break, and the end of text."""
     from megacocomix.data.tokenizer import Tokenizer
+    from megacocomix.data.tokenizer_identity import Hashes
 
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     return Tokenizer(
         name="letters",
         vocab_size=VOCAB,
         eot_id=VOCAB - 1,
-        vocabulary={character: index for index, character in enumerate(characters)},
         encode_batch=lambda texts: [[characters.index(character) for character in text] for text in texts],
         decode=lambda ids: "".join([*characters, "<|endoftext|>"][i] for i in ids),
-        compute_sha256=lambda: "letters",
+        compute_hashes=lambda: Hashes("letters", "letters"),
     )
 
 

@@ -162,7 +162,7 @@ def measure_steering(
     for name, read in (("concepts", steering_curve.parse_concepts), ("scales", steering_curve.parse_scales)):
         settings |= {name: read(settings[name])} if name in settings else {}
     curve = steering_curve.CurveSettings(steers_teacher=not no_teacher_steering, **settings)
-    result = steering_curve.measure_steering(model, curve, data, data_dtype, teacher, sae, out)
+    result = steering_curve.measure_steering(model, curve, data, teacher, sae, out, data_dtype)
     print("\n".join(table(result)))
     print(f"written to {result['file']}, and as a picture beside it")
 

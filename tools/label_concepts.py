@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megacocomix.config.load import load_config
 from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, print_errors, run_cli
-from megacocomix.launchers import set_ranks
+from megacocomix.launchers import is_bound_to_one_gpu, set_ranks
 
 
 def main() -> int:
@@ -39,7 +39,8 @@ def main() -> int:
     from megacocomix.teacher.label_job import label_all
 
     check_config(config, config.parallel.tensor * config.parallel.pipeline)
-    device = torch.device("cuda", place.local_rank or 0) if torch.cuda.is_available() else torch.device("cpu")
+    index = 0 if is_bound_to_one_gpu() else place.local_rank or 0
+    device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
     report = label_all(config, options.out, device, place.rank, place.size)
     print(
         f"{options.out}: {report.num_labelled:,} windows labelled by this process; {report.num_held:,} of "

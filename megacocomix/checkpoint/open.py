@@ -106,9 +106,9 @@ def weights_sha256(path: str | Path | Detected) -> str:
     elif kind != "hf":
         return open_source(path).sha256
     else:
-        hashes = {file.name: file_sha256(file) for file in sharded_files(path)}
-        if len(hashes) == 1:
-            return next(iter(hashes.values()))
+        hashes = {str(file.relative_to(path)): file_sha256(file) for file in sharded_files(path)}
+        if hashes.keys() == {"model.safetensors"}:
+            return hashes["model.safetensors"]
     return hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()
 
 

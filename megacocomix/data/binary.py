@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from megacocomix.errors import UserError
-from megacocomix.files import damaged, file_sha256, is_lfs_pointer, write_json
+from megacocomix.files import check_downloaded, damaged, file_sha256, write_json
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,9 @@ REFUSED = {
     b"\x89HDF\r\n": "an HDF5 file",
 }
 CHUNK_BYTES = 2**26
+MOST_DOCUMENTS = 10_000
+KNOWN: dict[str, "Scan"] = {}
+"""What another process of the job found, by path."""
 # Writes to a mapped file give it a new time of change only when they reach the disk.
 SETTLED_SECONDS = 60
 
@@ -103,11 +106,16 @@ class Binary:
     lengths: np.ndarray
     """int64 [segments], in ids."""
     document_ends: np.ndarray | None
-    """int64 [documents]: the place in the file after each document's last id; None if the file does not record it."""
+    """int64 [some]: the place in the file after the last id of some documents; None if the file does not record it."""
     is_assumed: bool
     """Whether no header and no option says the type."""
     scan: Scan
     fingerprint: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its ids are those of the whole file in their order on disk."""
+        return self.header_bytes == 0 and len(self.starts) == 1 and int(self.lengths[0]) == self.num_stored
 
     def ids(self) -> np.ndarray:
         """All ids in the file, memory-mapped."""
@@ -126,8 +134,7 @@ class Binary:
 def open_binary(path: Path, dtype: str | None = None) -> Binary:
     """Open a token file of another project. `dtype`, a key of RAW_DTYPES, is the type of a file without a header.
     Raises UserError for other kinds, for incomplete files, and for ids that look like those of another type."""
-    if is_lfs_pointer(path):
-        raise damaged(path, "")
+    check_downloaded(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(4096)
@@ -185,9 +192,8 @@ def _read_npy_header(path: Path) -> tuple[np.dtype, int, int]:
 def _read_megatron_index(index: Path, path: Path, size: int) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
     """The type, the places of the sequences in the file (joined where they follow each other), and the places where
     documents end. Raises UserError unless all counts and places agree with the sizes of both files."""
-    if is_lfs_pointer(index):
-        raise damaged(index, "")
-    content = index.read_bytes()
+    check_downloaded(index)
+    content = np.memmap(index, np.uint8, "r") if index.stat().st_size else b""
     head = struct.Struct("<9sQBQQ")
     try:
         magic, version, code, num_sequences, num_bounds = head.unpack_from(content)
@@ -216,6 +222,7 @@ def _read_megatron_index(index: Path, path: Path, size: int) -> tuple[np.dtype, 
     if not num_bounds or bounds[0] != 0 or bounds[-1] != num_sequences or (np.diff(bounds) < 0).any():
         raise UserError(f"{index}: its documents do not divide its {num_sequences} sequences: make it again.")
     last = bounds[1:][np.diff(bounds) > 0] - 1
+    last = last[:: max(1, len(last) // MOST_DOCUMENTS)]
     ends = (starts + lengths)[last]
     starts, lengths = starts[lengths > 0], lengths[lengths > 0]
     if not len(starts):
@@ -282,6 +289,9 @@ def _scan(path: Path, dtype: np.dtype, offset: int, size: int) -> Scan:
     """Read the whole file in parallel, or what an earlier reading found if the file has not changed since."""
     stat, cache = path.stat(), path.with_name(f".{path.name}.scan.json")
     about = {"bytes": size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "dtype": dtype.str}
+    known = KNOWN.get(str(path))
+    if known and (known.bytes, known.mtime_ns, known.dtype) == (size, stat.st_mtime_ns, dtype.str):
+        return known
     with suppress(OSError, ValueError):
         found = TypeAdapter(Scan).validate_json(cache.read_bytes(), strict=True)
         if about.items() <= asdict(found).items() and len(found.halves) == 4:

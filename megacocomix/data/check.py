@@ -9,9 +9,6 @@ from megacocomix.data.tokenizer import Tokenizer, tokenizer_mismatches
 from megacocomix.data.tokens import TokenShards
 from megacocomix.errors import UserError
 
-MOST_DOCUMENTS = 10_000
-
-
 Named = tuple[str, Tokenizer | None]
 """A tokenizer, None if unknown, and what errors call it."""
 
@@ -44,17 +41,16 @@ def _binary_problems(name: str, binary: Binary, vocab_size: int, tokenizer: Toke
     lowest, highest = binary.scan.smallest, binary.scan.largest
     if lowest < 0 or highest >= vocab_size:
         yield (
-            f"{name} holds token {lowest if lowest < 0 else highest} (read as {binary.dtype.name}), but model and "
-            f"teacher know those up to {vocab_size - 1}."
+            f"{name} holds token {lowest if lowest < 0 else highest} (read as {binary.dtype.name}), but the vocabulary "
+            f"ends at {vocab_size - 1}."
         )
-    if tokenizer is None:
-        return
-    if binary.is_assumed and tokenizer.vocab_size > 2**16:
+    known = tokenizer.vocab_size if tokenizer else vocab_size
+    if binary.is_assumed and known > 2**16:
         yield (
-            f"{name} has no header that says the type of its ids, and {tokenizer.vocab_size} tokens do not fit "
-            "uint16: give it, such as data.dtype=uint32."
+            f"{name} has no header that says the type of its ids, and {known} tokens do not fit uint16: give it, such "
+            "as uint32 (data.dtype, --data-dtype)."
         )
-    if binary.document_ends is not None and binary.num_stored > binary.lengths.sum():
+    if tokenizer and binary.document_ends is not None and binary.num_stored > binary.lengths.sum():
         yield from _document_problems(name, binary, tokenizer.eot_id)
 
 
@@ -62,7 +58,7 @@ def _document_problems(name: str, binary: Binary, eot_id: int) -> Iterator[str]:
     """An index that leaves something out may be another file's, which shows where its documents end."""
     ids = binary.ids()
     assert binary.document_ends is not None
-    sample = binary.document_ends[:: max(1, len(binary.document_ends) // MOST_DOCUMENTS)]
+    sample = binary.document_ends[binary.document_ends > 0]
     ended = int((ids[sample - 1] == eot_id).sum())
     if ended < len(sample) and (ended or np.isin(eot_id, ids[: 2**24])):
         yield (

@@ -171,8 +171,6 @@ def _restore(out: Path, settings: dict, splits: list[str]) -> dict:
     if file.exists():
         try:
             state = json.loads(file.read_bytes())
-            if "pieces" in state:  # the name in earlier versions
-                state["chunks"] = state.pop("pieces")
             chunks, found, _ = state["chunks"], dict(state["settings"]), dict(state["splits"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged: delete {out} and start again.") from error

@@ -1,7 +1,7 @@
 """Finds the sources of raw text: files, saved datasets, names on the Hugging Face Hub.
 
-The kinds of files are those of the `datasets` library. Nothing in a folder is left out in silence: a file that is not
-read is refused, or counted in `LeftOut`.
+The kinds of files are those of the `datasets` library, which ignores hidden files and folders too. Nothing else in a
+folder is left out in silence: a file that is not read is refused, or counted in `LeftOut`.
 """
 
 import json
@@ -190,8 +190,8 @@ def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _is_hidden_data(name: str) -> bool:
-    """Whether a hidden file is of a known kind, and not what we keep beside a token file (see `binary`)."""
-    return bool(file_kind(name)) and not name.endswith(".scan.json")
+    """Whether a hidden file is of a known kind, and not what we keep beside tokens (see `binary` and `tokens`)."""
+    return bool(file_kind(name)) and not name.endswith((".scan.json", ".verified.json"))
 
 
 def _mixed_splits(folder: Path, sources: Sequence[Path]) -> Iterator[str]:
@@ -205,10 +205,11 @@ def _mixed_splits(folder: Path, sources: Sequence[Path]) -> Iterator[str]:
 
 
 def _split(path: Path) -> str | None:
-    """The split that the first telling part of a path names."""
+    """The split that the first telling part of a path names, as in `datasets`; but a blank ends no word, because titles
+    are not splits."""
     for part in path.parts:
         for split, words in SPLITS.items():
-            if re.search(rf"(^|[-._ 0-9])({words})($|[-._ 0-9])", part, re.IGNORECASE):
+            if re.search(rf"(^|[-._0-9])({words})($|[-._0-9])", part, re.IGNORECASE):
                 return split
     return None
 

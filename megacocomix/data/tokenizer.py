@@ -27,9 +27,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from megacocomix.data.tokenizer_identity import fast_sha256, files_sha256, sentencepiece_sha256, vocabulary_sha256
+from megacocomix.data.tokenizer_identity import (
+    Hashes,
+    fast_sha256,
+    files_sha256,
+    sentencepiece_sha256,
+    vocabulary_sha256,
+)
 from megacocomix.errors import UserError
-from megacocomix.files import check_absent, damaged, is_lfs_pointer, write_aside, write_json
+from megacocomix.files import check_absent, check_downloaded, write_aside, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +51,7 @@ GPT2_SHA256 = {
 }
 # A line end between two words: GPT-2's pre-tokeniser splits there too.
 LINE_END = re.compile(r"(?<=\S)\n(?=\S)")
-# In the tokenizer_config.json of a converted SentencePiece model: its hash, and the hash of what it became.
+# In the tokenizer_config.json of a converted SentencePiece model: its hashes, and the hash of what it became.
 CONVERTED_FROM = "converted_from"
 # SentencePiece's symbol for a space. If a text really contains this character, our own models encode it as its bytes
 # (_encode_sentencepiece); it would be decoded as a space.
@@ -71,22 +77,25 @@ class Tokenizer:
     name: str
     vocab_size: int
     eot_id: int
-    vocabulary: dict[str, int]
     encode_batch: Callable[[list[str]], list[list[int]]]
     decode: Callable[[Sequence[int]], str]
-    compute_sha256: Callable[[], str]
+    compute_hashes: Callable[[], Hashes]
     cut: re.Pattern | None = None
     """Where a long text may be cut into parts that have the ids of the whole; None if no such place is known."""
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Identifies all that decides which ids a text gets: see tokenizer_identity.py."""
-        return self.compute_sha256()
+        return self._hashes.whole
 
-    @cached_property
+    @property
     def vocabulary_sha256(self) -> str:
         """What earlier versions recorded as sha256."""
-        return vocabulary_sha256(self.vocabulary)
+        return self._hashes.vocabulary
+
+    @cached_property
+    def _hashes(self) -> Hashes:
+        return self.compute_hashes()
 
     def is_recorded_as(self, sha256: str | None) -> bool:
         """Whether a hash that something was made with, or an earlier version recorded, is this tokenizer's."""
@@ -156,10 +165,9 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         name="gpt2",
         vocab_size=fast.get_vocab_size(),
         eot_id=fast.token_to_id(END_OF_TEXT),
-        vocabulary=fast.get_vocab(),
         encode_batch=lambda texts: [encoding.ids for encoding in fast.encode_batch(texts)],
         decode=lambda ids: fast.decode([int(i) for i in ids], skip_special_tokens=False),
-        compute_sha256=lambda: fast_sha256(fast, END_OF_TEXT),
+        compute_hashes=lambda: Hashes(fast_sha256(fast, END_OF_TEXT), vocabulary_sha256(fast.get_vocab())),
         cut=LINE_END,
     )
 
@@ -169,7 +177,8 @@ def load_hf_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     has no vocabulary or has no end of text. Also for a SentencePiece model alone: transformers drops its normaliser."""
     from transformers import AutoTokenizer
 
-    _check_downloaded(*tokenizer_files(folder).values())
+    for file in tokenizer_files(folder).values():
+        check_downloaded(file)
     if (carried := folder_tokenizer(folder)) not in (None, str(folder)):
         raise UserError(f"tokenizer {folder} is a SentencePiece model alone: give {carried}.")
     try:
@@ -192,25 +201,20 @@ def load_hf_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _check_downloaded(*files: Path) -> None:
-    """Raises UserError if a file is a pointer of git-lfs."""
-    for file in files:
-        if is_lfs_pointer(file):
-            raise damaged(file, "a pointer")
-
-
 def _load_hugging_face(folder: Path) -> Tokenizer:
     hf = load_hf_tokenizer(folder)
     vocabulary, fast = hf.get_vocab(), getattr(hf, "backend_tokenizer", None)
     if fast and getattr(fast.model, "dropout", None):
         raise UserError(f"tokenizer {folder} merges at random (dropout {fast.model.dropout}): a text has no fixed ids.")
 
-    def identity() -> str:
+    def hashes() -> Hashes:
         if not fast:
             files = {name: file.read_bytes() for name, file in tokenizer_files(folder).items()}
-            return files_sha256(type(hf).__name__, vocabulary, files)
+            return Hashes(files_sha256(type(hf).__name__, vocabulary, files), vocabulary_sha256(vocabulary))
         sha256, origin = fast_sha256(fast, hf.eos_token), hf.init_kwargs.get(CONVERTED_FROM) or {}
-        return origin["sha256"] if origin.get("became") == sha256 else sha256
+        if origin.get("became") == sha256:
+            return Hashes(origin["whole"], origin["vocabulary"])
+        return Hashes(sha256, vocabulary_sha256(vocabulary))
 
     # verbose=False: no warning about documents longer than the model's context, which are common in pretraining data.
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -218,10 +222,9 @@ def _load_hugging_face(folder: Path) -> Tokenizer:
         name=folder.resolve().name,
         vocab_size=max(vocabulary.values()) + 1,
         eot_id=hf.eos_token_id,
-        vocabulary=vocabulary,
         encode_batch=lambda texts: hf(texts, **options)["input_ids"] if texts else [],
         decode=lambda ids: hf.decode([int(i) for i in ids], clean_up_tokenization_spaces=False),
-        compute_sha256=identity,
+        compute_hashes=hashes,
         cut=LINE_END if fast and _splits_as_gpt2(fast) else None,
     )
 
@@ -238,7 +241,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
     import sentencepiece
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    _check_downloaded(path)
+    check_downloaded(path)
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
@@ -255,10 +258,9 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
         name=path.stem,
         vocab_size=processor.vocab_size(),
         eot_id=processor.eos_id(),
-        vocabulary=vocabulary,
         encode_batch=functools.partial(_encode_sentencepiece, processor, _is_ours(proto)),
         decode=lambda ids: processor.decode([int(i) for i in ids]),
-        compute_sha256=lambda: sentencepiece_sha256(model),
+        compute_hashes=lambda: Hashes(sentencepiece_sha256(model), vocabulary_sha256(vocabulary)),
         cut=LINE_END if is_local and not any("\n" in piece for piece in vocabulary) else None,
     )
 
@@ -434,7 +436,8 @@ def export_tokenizer(spec: str, out: Path) -> None:
                     f"tokenizer {spec} cannot be converted to tokenizer.json: {text!r} would get other ids. Give the "
                     "Hugging Face folder of this tokenizer."
                 )
-        settings[CONVERTED_FROM] = {"sha256": ours.sha256, "became": theirs.sha256}
+        origin = Hashes(ours.sha256, ours.vocabulary_sha256)
+        settings[CONVERTED_FROM] = origin._asdict() | {"became": theirs.sha256}
         write_json(out / "tokenizer_config.json", settings)
 
 

@@ -6,13 +6,20 @@ never looked for in a text: our GPT-2 and a Hugging Face folder of GPT-2 have th
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # They move the places in the text that belong to a token, and change no id.
 PLACES_ONLY = ("trim_offsets",)
+
+
+class Hashes(NamedTuple):
+    """What identifies a tokenizer, and what identified it in earlier versions."""
+
+    whole: str
+    vocabulary: str
 
 
 def vocabulary_sha256(tokens: dict[str, int]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from megacocomix.data.binary import Binary, open_binary
 from megacocomix.errors import UserError
-from megacocomix.files import damaged, file_sha256, is_lfs_pointer, read_json, write_json
+from megacocomix.files import check_downloaded, file_sha256, read_json, write_json
 
 FORMAT, VERSION = "megacocomix-tokens", 1
 MANIFEST = "manifest.json"
@@ -80,9 +80,11 @@ class TokenShards:
 
     @cached_property
     def former_fingerprint(self) -> str:
-        """The fingerprint in the form of earlier versions, which runs and label caches may have recorded: for a file of
-        another project, of its size and its first and last MiB."""
-        return file_fingerprint(self.binary.path) if self.binary else self.fingerprint
+        """The fingerprint in the form of earlier versions, which runs and label caches may have recorded. They read a
+        file of another project as it lies on disk, and hashed its size and its first and last MiB."""
+        before = ("uint16", "int32") if self.binary and self.binary.kind == "Megatron-LM" else ("uint16",)
+        is_read_as_before = self.binary and self.binary.is_whole and self.binary.dtype.name in before
+        return file_fingerprint(self.binary.path) if is_read_as_before else self.fingerprint
 
     def fingerprint_as(self, recorded: str | None) -> str:
         """The fingerprint to compare with a recorded one."""
@@ -239,9 +241,9 @@ def _verify(folder: Path, hashes: dict[Path, str]) -> None:
         for (file, expected), found in zip(waiting.items(), pool.map(file_sha256, waiting), strict=True):
             if found != expected:
                 raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's.")
-    if waiting:
-        with suppress(OSError):  # the folder may be read-only
-            write_json(record, {file.name: [sha256, *times[file.name]] for file, sha256 in hashes.items()})
+            known[file.name] = [expected, *times[file.name]]
+            with suppress(OSError):  # the folder may be read-only
+                write_json(record, known)
 
 
 def _map_shard(file: Path, num_tokens: int, dtype: np.dtype) -> np.ndarray:
@@ -249,8 +251,7 @@ def _map_shard(file: Path, num_tokens: int, dtype: np.dtype) -> np.ndarray:
     if not file.is_file():
         raise UserError(f"{file} is missing: the manifest lists it with {expected} bytes.")
     if (found := file.stat().st_size) != expected:
-        if is_lfs_pointer(file):
-            raise damaged(file, "")
+        check_downloaded(file)
         raise UserError(f"{file} has {found} bytes, expected {expected}: copy or prepare the data again.")
     return np.memmap(file, dtype=dtype, mode="r", shape=(num_tokens,))
 

@@ -268,22 +268,24 @@ def _evaluate(lm, name: str, data: str | Path | None, limit: int | None) -> dict
             log_samples=False,
             task_manager=_definitions(everything=name not in PAPER_TASKS),
         )
-        try:
-            found = score(limit=limit)
-            num_samples = found["n-samples"][name]["effective"]
-        except CannotScore as error:
-            left_out = sorted({request.doc_id for request in task.instances if request.args in error.requests})
-            scored = sorted({request.doc_id for request in task.instances} - set(left_out))
-            if not scored:
-                raise UserError(f"none of its {len(left_out)} documents can be scored by this model.") from None
-            found, num_samples = score(samples={name: scored}), len(scored)
+        chosen = {"limit": limit}
+        while True:
+            try:
+                found = score(**chosen)
+                break
+            except CannotScore as error:  # once for each reason
+                left_out += sorted({request.doc_id for request in task.instances if request.args in error.requests})
+                scored = sorted({request.doc_id for request in task.instances} - set(left_out))
+                if not scored:
+                    raise UserError(f"none of its {len(left_out)} documents can be scored by this model.") from None
+                chosen = {"samples": {name: scored}}
     result = {
         "metrics": _metrics(found["results"][name]),
-        "num_samples": num_samples,
+        "num_samples": len(scored) if left_out else found["n-samples"][name]["effective"],
         "version": found["versions"][name],
         "source": source,
     }
-    return result | ({"left_out": left_out} if left_out else {})
+    return result | ({"left_out": sorted(left_out)} if left_out else {})
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.files import write_json
 from megacocomix.model.losses import MASKED, label_cross_entropy, next_token_targets
+from megacocomix.teacher.load import teacher_tokenizer
 
 
 def all_checkpoints(run: str | Path) -> list[Path]:
@@ -64,7 +65,7 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int, dtype: str
     opened = open_model(folder)
     shards, data = open_held_out(opened.path, opened.config, data, dtype)
     vocab_size = opened.vocab_size
-    check_tokens(data, shards, vocab_size)
+    check_tokens(data, shards, vocab_size, (str(opened.path), teacher_tokenizer(opened.path)))
     dataset = TokenDataset(shards, opened.context, None)
     total = 0.0
     with torch.no_grad(), tqdm(total=dataset.num_windows, unit="window", desc="evaluating", disable=None) as progress:
@@ -94,21 +95,23 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int, dtype: str
     return result
 
 
-def open_held_out(model: Path, config: Config | None, data: str | None, dtype: str | None) -> tuple[TokenShards, str]:
+def open_held_out(
+    model: Path, config: Config | None, data: str | None, dtype: str | None, verify: bool = True
+) -> tuple[TokenShards, str]:
     """The tokens to measure a model on, and their path: `data`, or data.valid of its run's config. `dtype` is the type
-    of ids in a file without a header. Raises UserError."""
+    of ids in a file without a header. With `verify`, shards are compared with their hashes. Raises UserError."""
     if data is None and config is None:
         raise UserError(f"{model} does not record what it was validated on: give --data PATH.")
     if data is None:
         data, dtype = config.data.valid, dtype or config.data.dtype
-    return TokenShards.open(data, dtype, verify=True), data
+    return TokenShards.open(data, dtype, verify=verify), data
 
 
 def earlier_evaluation(checkpoint: Path, data: str | None, dtype: str | None = None) -> dict | None:
     """The result of `evaluate_folder` for the same weights and windows of a checkpoint in its run; None if there is
     none."""
     config = build_config(read_checkpoint_manifest(checkpoint)["config"], str(checkpoint))
-    shards, _ = open_held_out(checkpoint, config, data, dtype)
+    shards, _ = open_held_out(checkpoint, config, data, dtype, verify=False)
     file = _result_file(checkpoint, shards)
     try:
         result = dict(json.loads(file.read_bytes()))

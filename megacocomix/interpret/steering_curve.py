@@ -100,15 +100,14 @@ def measure_steering(
     folder: str | Path,
     settings: CurveSettings,
     data: str | None = None,
-    data_dtype: str | None = None,
     teacher: str | None = None,
     sae: str | None = None,
     out: str | None = None,
+    data_dtype: str | None = None,
 ) -> dict:
     """Steer the model in `folder` on prompts from `data` (default: its config's data.valid; `data_dtype` is the type of
-    ids in a file without a header). The judge is the teacher
-    of its config, or `teacher` and `sae`. Returns the content of the JSON file, and `file`, its path. FILE.png and
-    FILE.svg are written beside it. Raises UserError.
+    ids in a file without a header). The judge is the teacher of its config, or `teacher` and `sae`. Returns the content
+    of the JSON file, and `file`, its path. FILE.png and FILE.svg are written beside it. Raises UserError.
 
     The file is `out`, which must not exist, or for a run RUN/evals/steering/STEP.json, which is replaced."""
     if out:
@@ -122,7 +121,7 @@ def measure_steering(
         raise UserError(f"{student.path} has no teacher to judge its texts: give --teacher DIR --sae FILE.")
     _check_length(student, source, settings)
     shards, data = open_held_out(student.path, student.config, data, data_dtype)
-    check_tokens(data, shards, student.model.config.vocab_size, (str(student.path), student.tokenizer))
+    check_tokens(data, shards, student.vocab_size, (str(student.path), student.tokenizer))
     dataset = TokenDataset(shards, student.context, None)
     if settings.prompts > dataset.num_windows:
         raise UserError(

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megacocomix.errors import UserError
-from megacocomix.launchers import set_address, set_ranks
+from megacocomix.launchers import is_bound_to_one_gpu, set_address, set_ranks
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def start_runtime() -> Runtime:
     # Without DS_ACCELERATOR, DeepSpeed would choose an accelerator itself.
     has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     os.environ["DS_ACCELERATOR"] = "cuda" if has_gpu else "cpu"
-    if has_gpu and torch.cuda.device_count() == 1 and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
-        local_rank = 0  # the launcher has bound each process to one GPU, as srun --gpus-per-task=1 does
+    if has_gpu and is_bound_to_one_gpu():
+        local_rank = 0
         os.environ["LOCAL_RANK"] = "0"
     if has_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(f"this host has {torch.cuda.device_count()} GPUs, fewer than the processes started on it.")
@@ -63,13 +63,15 @@ def start_runtime() -> Runtime:
 
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
-    """A UserError that any rank raises in this context is raised on all ranks. If one rank failed alone, the others
-    would wait for it in their next collective."""
+    """A UserError that any rank raises in this context is raised on all ranks, and so is a file that it cannot read. If
+    one rank failed alone, the others would wait for it in their next collective."""
     problems = []
     try:
         yield
     except UserError as error:
         problems = error.problems
+    except OSError as error:
+        problems = [f"{error.filename or 'a file'}: {error.strerror or error}."]
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, (socket.gethostname(), problems))
     where = defaultdict(list)

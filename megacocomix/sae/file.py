@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megacocomix.errors import UserError
-from megacocomix.files import damaged, file_sha256, is_lfs_pointer, write_aside
+from megacocomix.files import check_downloaded, file_sha256, write_aside
 from megacocomix.model.concept import STANDARDIZE_EPS
 from megacocomix.sae.model import SAE, SAEForm
 
@@ -63,8 +63,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such SAE file. {MAKERS}")
-    if is_lfs_pointer(path):
-        raise damaged(path, "")
+    check_downloaded(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             form, info = _read_header(path, file.metadata() or {})

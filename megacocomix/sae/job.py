@@ -126,7 +126,9 @@ class SAERun:
             "processes": world,
         }
         if job.resume.exists():
-            self.trainer.load_state(_read_resume(job.resume, self.identity))
+            former = {"data": self.train_windows.shards, "valid": self.valid_windows.shards}
+            former = {key: shards.former_fingerprint for key, shards in former.items()}
+            self.trainer.load_state(_read_resume(job.resume, self.identity, former))
 
     def train(self) -> bool:
         """Train until the last step, or until a signal to any rank. Returns whether the last step was reached."""
@@ -307,7 +309,7 @@ def _drop_lines_after(log: Path, num_steps: int) -> None:
     write_text(log, "".join(f"{line}\n" for line in kept))
 
 
-def _read_resume(path: Path, identity: dict) -> dict[str, Tensor]:
+def _read_resume(path: Path, identity: dict, former: dict[str, str]) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             saved = json.loads(file.metadata()["identity"])
@@ -317,7 +319,7 @@ def _read_resume(path: Path, identity: dict) -> dict[str, Tensor]:
     changed = [
         f"{key} {saved[key]} there, {identity[key]} here"
         for key in identity
-        if saved.get(key, identity[key]) != identity[key]  # earlier versions recorded less
+        if saved.get(key, identity[key]) not in (identity[key], former.get(key))  # as earlier versions recorded it
     ]
     if changed:
         raise UserError(

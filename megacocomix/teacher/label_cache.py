@@ -91,8 +91,8 @@ class CacheManifest:
                 yield f"label cache {folder} is stale: {what} had the hash {there[:16]}…, now it has {here[:16]}…."
         if self.teacher_config and self.teacher_config != other.teacher_config:
             yield f"label cache {folder} is stale: the config of teacher.model has changed since."
-        there = {**self.settings, "window": self.context, "concepts": self.num_concepts}
-        here = {**other.settings, "window": other.context, "concepts": other.num_concepts}
+        sizes = lambda each: {"window": each.context, "windows": each.num_windows, "concepts": each.num_concepts}
+        there, here = self.settings | sizes(self), other.settings | sizes(other)
         changed = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
         if changed:
             dumps = (json.dumps(each, sort_keys=True).encode() for each in (there, here))

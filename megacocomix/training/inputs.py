@@ -1,18 +1,23 @@
 """Open the inputs of a run, and compare them with its config."""
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megacocomix.checkpoint.external.source import Source
 from megacocomix.checkpoint.init_from import open_init
 from megacocomix.config.schema import Config
+from megacocomix.data.binary import KNOWN
 from megacocomix.data.check import token_problems
 from megacocomix.data.tokenizer import Tokenizer, load_tokenizer
 from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.evaluation.harness import parse_tasks
+from megacocomix.parallel.runtime import errors_on_all_ranks
 from megacocomix.teacher.labels import open_labeler, open_teacher
 from megacocomix.teacher.targets import TargetSource, open_targets
 
@@ -46,6 +51,21 @@ class Inputs:
         splits = {"data.train": self.train.shards, "data.valid": self.valid.shards}
         now = self.identity() | {key: each.fingerprint_as(recorded.get(key)) for key, each in splits.items()}
         return [key for key in sorted(recorded) if recorded[key] != now.get(key, recorded[key])]
+
+
+def verify_data(config: Config, is_main: bool) -> None:
+    """Rank 0 reads all tokens, unless it did so before: hashes of shards, and all of other projects' files. The other
+    ranks wait, and get what it found. Raises UserError on all ranks for a shard that is not as it was written."""
+    if is_main:
+        with suppress(UserError):  # open_inputs finds the same, with all other problems
+            for path in filter(os.path.isfile, (config.data.train, config.data.valid)):
+                KNOWN[path] = TokenShards.open(path, config.data.dtype).binary.scan
+    with errors_on_all_ranks():
+        for path in filter(os.path.isdir, (config.data.train, config.data.valid) if is_main else ()):
+            TokenShards.open(path, verify=True)
+    known = [KNOWN]
+    dist.broadcast_object_list(known, src=0)
+    KNOWN.update(known[0])
 
 
 def open_inputs(config: Config, device: torch.device) -> Inputs:
@@ -88,7 +108,7 @@ def open_inputs(config: Config, device: torch.device) -> Inputs:
         attempt(parse_tasks, ",".join(config.evaluation.tasks), "evaluation.tasks")
     if (folder := config.evaluation.tasks_data) and not Path(folder).is_dir():
         problems.append(f"evaluation.tasks_data {folder} is not a folder: make it with tools/fetch_eval_data.py --out.")
-    if splits.get("valid"):
+    if splits.get("valid") and not splits["valid"].shards.binary:
         attempt(_check_validation_tokens, splits["valid"], config, limit)
     if problems:
         raise UserError(*problems)

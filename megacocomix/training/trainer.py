@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,6 @@ from megacocomix.checkpoint.writer import CheckpointWriter
 from megacocomix.config.load import dump_config
 from megacocomix.config.rules import check_config, layout_warnings
 from megacocomix.config.schema import Config
-from megacocomix.data.tokens import TokenShards
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError
 from megacocomix.evaluation.harness import tasks_left
 from megacocomix.evaluation.perplexity import perplexity, validation_batches
@@ -34,7 +32,7 @@ from megacocomix.parallel.zero import Engine
 from megacocomix.signals import StopSignal
 from megacocomix.teacher.targets import describe_targets
 from megacocomix.training.batches import StepBatches
-from megacocomix.training.inputs import Inputs, open_inputs
+from megacocomix.training.inputs import Inputs, open_inputs, verify_data
 from megacocomix.training.metrics import MetricsLog, device_peak, is_validated, peak_memory_gib
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from megacocomix.training.run_folder import check_run_folder, code_version, log_to_file, write_run_folder
@@ -56,9 +54,7 @@ def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, tr
         run = check_run_folder(config)
         if config.method.has_teacher and runtime.is_main:  # the other ranks wait for the download
             local_folder(config.teacher.model, download=True)
-        if runtime.is_main:
-            for path in filter(os.path.exists, (config.data.train, config.data.valid)):
-                TokenShards.open(path, config.data.dtype, verify=True)  # the other ranks find what it found
+    verify_data(config, runtime.is_main)
     with errors_on_all_ranks():
         inputs = open_inputs(config, runtime.device)
     with errors_on_all_ranks():

@@ -129,9 +129,6 @@ def test_a_killed_process_is_continued_not_repeated(tmp_path):
     process.wait()
     done = json.loads(state.read_bytes())["chunks"]
     assert 200 < done < 2400
-    recorded = json.loads(state.read_bytes())
-    recorded["pieces"] = recorded.pop("chunks")  # the name in earlier versions
-    state.write_text(json.dumps(recorded))
     options = {"tokenizer": "gpt2", "valid": 0.1, "shard_tokens": 20_000}
     prepare_data([corpus], tmp_path / "interrupted", **options)
     prepare_data([corpus], tmp_path / "whole", **options)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import tiny
 from megacocomix.data.tokenizer import Tokenizer
+from megacocomix.data.tokenizer_identity import Hashes
 from megacocomix.interpret.live import Limits
 from megacocomix.interpret.server import listen, make_app, start
 
@@ -25,10 +26,9 @@ def make_student(**method):
         name="bytes",
         vocab_size=EOT + 1,
         eot_id=EOT,
-        vocabulary={},
         encode_batch=lambda texts: [list(text.encode()) for text in texts],
         decode=lambda ids: bytes(i for i in ids if i != EOT).decode(errors="replace"),
-        compute_sha256=lambda: "bytes",
+        compute_hashes=lambda: Hashes("bytes", "bytes"),
     )
     return tiny.opened(tiny.loaded(vocab_size=EOT + 1, context=CONTEXT, **method), tokenizer, Path("runs/bytes"))
 

@@ -281,7 +281,7 @@ def test_no_more_tokens_are_read_than_asked_for_and_that_is_said(tmp_path):
 def test_documents_without_text_are_noted(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "1 2"}\n{"text": " "}\n{"text": null}\n')
     notes = text_windows(make_student(tmp_path), [str(tmp_path / "t.jsonl")], 100).notes
-    assert notes == ["left out: 2 documents without text (only white space, or null)"]
+    assert notes == ["left out: 2 documents without text (only white space, null, or no such field)"]
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": "  "}\n', '{"text": null}\n'])

@@ -16,7 +16,7 @@ import tiny
 from jobs import train
 from megacocomix.data.check import token_problems
 from megacocomix.data.tokenizer import load_tokenizer
-from megacocomix.data.tokens import ShardWriter, TokenShards
+from megacocomix.data.tokens import ShardWriter, TokenShards, file_fingerprint
 from megacocomix.errors import UserError
 from processes import run_processes, run_tool
 
@@ -80,7 +80,7 @@ def test_eight_byte_ids_are_not_read_as_four_byte_ids_either(tmp_path):
 def test_ids_read_with_too_wide_a_type_or_in_another_byte_order_are_outside_the_vocabulary(tmp_path, stored, given):
     IDS[:4000].astype(stored).tofile(tmp_path / "train.bin")
     (problem,) = problems(tmp_path / "train.bin", dtype=given)
-    assert "holds token" in problem and "know those up to 50256" in problem
+    assert "holds token" in problem and "the vocabulary ends at 50256" in problem
 
 
 def test_a_token_outside_the_vocabulary_is_found_anywhere_in_the_file_before_step_1(tmp_path):
@@ -98,7 +98,7 @@ def test_a_vocabulary_of_more_than_65536_needs_the_type_of_raw_ids(tmp_path, roo
     large = load_tokenizer("gpt2")
     large = type(large)(**{name: getattr(large, name) for name in large.__dataclass_fields__} | {"vocab_size": 128_000})
     (problem,) = problems(tmp_path / "train.bin", 128_000, large)
-    assert "128000 tokens do not fit uint16: give it, such as data.dtype=uint32" in problem
+    assert "128000 tokens do not fit uint16: give it, such as uint32 (data.dtype, --data-dtype)" in problem
     (IDS % 1000).astype("<u4").tofile(tmp_path / "train.bin")
     assert problems(tmp_path / "train.bin", 128_000, large, "uint32") == []
 
@@ -271,6 +271,23 @@ def test_a_files_fingerprint_is_of_every_byte_and_found_again_without_reading_it
         cache.write_text(damage)
         with pytest.raises(TypeError):  # it is read again
             TokenShards.open(file)
+
+
+def test_an_earlier_fingerprint_counts_only_where_the_windows_are_those_of_then(tmp_path):
+    """Earlier versions read an llm.c file with its header, and a Megatron file in its order on disk."""
+    llm_c(tmp_path / "llm.bin", IDS)
+    megatron(tmp_path / "order.bin", np.split(IDS, 4), order=[1, 0, 2, 3])
+    megatron(tmp_path / "same.bin", np.split(IDS, 4))
+    IDS.astype("<i4").tofile(tmp_path / "wide.bin")
+    for name, dtype, is_same in (
+        ("llm.bin", None, False),
+        ("order.bin", None, False),
+        ("wide.bin", "int32", False),
+        ("same.bin", None, True),
+    ):
+        shards = TokenShards.open(tmp_path / name, dtype)
+        recorded = file_fingerprint(tmp_path / name)
+        assert (shards.fingerprint_as(recorded) == recorded) == is_same
 
 
 def test_the_order_of_an_index_is_part_of_the_fingerprint(tmp_path):

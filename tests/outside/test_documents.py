@@ -264,7 +264,7 @@ LAYOUTS = {
     "shards": ["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"],
     "folders": ["training/a.jsonl", "eval/a.jsonl", "dev/a.jsonl"],
     "words in names": ["my-train_1.jsonl", "my_val.2.jsonl"],
-    "words in folders": ["wiki testing/a.jsonl", "wiki train/a.jsonl"],
+    "words in folders": ["wiki-testing/a.jsonl", "wiki-train/a.jsonl"],
 }
 
 

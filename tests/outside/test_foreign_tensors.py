@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
@@ -163,6 +165,22 @@ def test_files_that_the_index_does_not_list_are_no_part_of_a_models_hash(tmp_pat
     before = weights_sha256(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "adapter.safetensors")
     assert weights_sha256(tmp_path) == before
+
+
+def test_another_file_of_weights_that_a_config_names_is_refused(tmp_path):
+    config = save(huggingface_model(), tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_weights": "other.safetensors"}))
+    assert_all_refuse(tmp_path, "names its own file of weights, other.safetensors")
+
+
+def test_a_teacher_whose_logits_are_capped_is_refused_in_bf16_too(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 30.0}
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **more, vocab_size=tiny.VOCAB)).save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(UserError, match="changes its logits after its head"):
+            load_teacher_model(tmp_path, dtype=dtype)
 
 
 def test_a_shard_without_a_tensor_that_the_index_lists_is_refused(tmp_path):

@@ -14,7 +14,16 @@ import yaml
 import tiny
 from jobs import train_all
 from megacocomix.errors import UserError
-from megacocomix.launchers import OWN, check_alone, child_environment, find_place, is_first, set_address, set_ranks
+from megacocomix.launchers import (
+    OWN,
+    check_alone,
+    child_environment,
+    find_place,
+    is_bound_to_one_gpu,
+    is_first,
+    set_address,
+    set_ranks,
+)
 from processes import run_processes
 
 OPEN_MPI = {
@@ -231,6 +240,8 @@ def test_a_command_typed_in_a_shell_of_srun_pty_is_alone_and_a_task_is_not(envir
         ({"LOCAL_RANK": "1"}, "rank 1 of 1 on this host cannot be: WORLD_SIZE=1 in all."),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_PROCID=1 says that this is one of several processes"),
         ({"SM_HOSTS": '["algo-1","algo-2"]'}, "SM_HOSTS="),
+        ({"LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE=8 says that this is one of several processes"),
+        ({"PET_NNODES": "1:4"}, "PET_NNODES=1:4 says"),
         ({"HOROVOD_SIZE": "4"}, "HOROVOD_SIZE=4 says that this is one of several processes, but not which"),
         ({"PET_NNODES": "2", "PET_NODE_RANK": "1"}, "PET_NNODES=2 says"),
     ],
@@ -271,7 +282,30 @@ def test_on_several_hosts_the_others_need_an_address(environment, variables):
     assert "export MASTER_ADDR, the host of rank 0" in refusal(set_address, set_ranks())
     environment(filled(variables) | {"MASTER_ADDR": "node1"})
     set_address(set_ranks())
-    assert (os.environ["MASTER_ADDR"], os.environ["LOCAL_WORLD_SIZE"]) == ("node1", "1")
+    assert (os.environ["MASTER_ADDR"], os.environ.get("LOCAL_WORLD_SIZE")) in (("node1", "1"), ("node1", None))
+
+
+def test_a_process_that_srun_bound_to_one_gpu_uses_the_first_and_one_of_torchrun_does_not(environment):
+    environment(filled(SRUN, 1) | {"CUDA_VISIBLE_DEVICES": "3"})
+    assert is_bound_to_one_gpu()
+    environment(filled(SRUN, 1) | {"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert not is_bound_to_one_gpu()
+    for own in (filled(TORCHRUN, 1) | {"TORCHELASTIC_RUN_ID": "none"}, filled(DEEPSPEED, 1)):
+        for outer in ({}, filled(SRUN)):
+            environment(outer | own | {"CUDA_VISIBLE_DEVICES": "0"})
+            assert not is_bound_to_one_gpu()
+
+
+def test_a_child_in_a_pod_or_a_service_is_no_rank_either(environment):
+    environment(filled(TORCHRUN) | {"PET_NNODES": "2", "SKYPILOT_NUM_NODES": "2", "SM_HOSTS": '["a","b"]'})
+    environment(child_environment())
+    assert find_place()[:2] == (0, 1)
+    check_alone("evaluate.py")
+
+
+def test_flux_tasks_need_not_be_spread_evenly(environment):
+    environment(filled(FLUX, 3, 5) | {"FLUX_JOB_NNODES": "2"})
+    assert find_place()[:3] == (3, 5, 3)
 
 
 def test_a_child_of_a_rank_is_no_rank(environment):

@@ -110,6 +110,8 @@ def check_complete(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds an adapter of PEFT too: merge it into the weights (merge_and_unload) first.")
     values = config_json(folder)
+    if file := values.get("transformers_weights"):
+        raise UserError(f"{folder}/config.json names its own file of weights, {file}: save it as model.safetensors.")
     if values.get("model_type") == "gpt2" and "AutoModelForCausalLM" in (values.get("auto_map") or {}):
         raise UserError(f"{folder}/config.json names code of its own (auto_map): its model is not transformers' GPT-2.")
 
