@@ -51,7 +51,8 @@ def main() -> None:
     hints.add_argument(
         "--center",
         action=argparse.BooleanOptionalAction,
-        help="it was trained on TransformerLens' mean-centred residual (default: as its cfg.json states)",
+        help="it was trained on TransformerLens' mean-centred residual (default: as its cfg.json states, or as its "
+        "version of SAELens did)",
     )
     hints.add_argument(
         "--input-scale",

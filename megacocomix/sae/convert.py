@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megacocomix.config.schema import Location
 from megacocomix.data.documents import read_documents
@@ -37,6 +37,12 @@ FIT_TOKENS = 2**14
 PROBE_TOKENS = 2**9
 MOST_UNEXPLAINED = 0.5
 CLEARLY_BETTER = 0.7
+# What records the layer and location, by kind.
+RECORDS = {
+    "saelens": "hook_name (before 3.0: hook_point) in cfg.json, and its layer",
+    "sparsify": "the name of its folder",
+    "openai": "the names of its file and folders",
+}
 INPUT_SCALES = [2.0 ** (half / 2) for half in range(-16, 17) if half]
 
 
@@ -76,8 +82,9 @@ def convert_sae(job: SAEConversion) -> Converted:
     for name, least in {"layer": 0, "context": 1, "accept_fvu": 0}.items():
         if (value := getattr(job, name)) is not None and not value >= least:  # "not >=" also refuses nan
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}.")
-    found = _read(job)
-    sae, info = found.sae, found.info
+    model = load_teacher_model(local_folder(job.teacher, download=True)) if job.teacher else None
+    found = _read(job, model)
+    sae, info = found.sae, dict(found.info)
     given = {"sae_layer": job.layer, "location": job.location, "context": job.context}
     for key, value in given.items():
         if value is not None and info.setdefault(key, value) != value:
@@ -88,8 +95,7 @@ def convert_sae(job: SAEConversion) -> Converted:
     if missing := [option for key, option in (("sae_layer", "--layer"), ("location", "--location")) if key not in info]:
         raise UserError(f"{job.source} does not record its layer and location: give {' and '.join(missing)}.")
     sae.info, fit = info, {}
-    if job.teacher:
-        model = load_teacher_model(local_folder(job.teacher, download=True))
+    if model:
         info |= {"teacher": Path(job.teacher).resolve().name, "teacher_sha256": model.sha256}
         if is_hub_name(job.teacher):
             info["revision"] = local_folder(job.teacher).name
@@ -98,7 +104,7 @@ def convert_sae(job: SAEConversion) -> Converted:
             tokens, info["tokenizer_sha256"] = _read_tokens(job, model.context)
             check_token_ids(tokens, teacher.vocab_size, f"--text {job.text}")
             fit = measure_fit(teacher, sae, tokens)
-            _check_fit(job, teacher, sae, tokens, fit)
+            _check_fit(job, teacher, found, tokens, fit)
             info["measured"] = {f"windows_of_{length}": asdict(report) for length, report in fit.items()}
     with writing_out(job.out):
         save_sae(sae, job.out, info)
@@ -122,16 +128,27 @@ def measure_fit(teacher: Teacher, sae: SAE, tokens_N: Tensor) -> dict[int, SAERe
     return reports
 
 
-def _read(job: SAEConversion) -> ExternalSAE:
+def _read(job: SAEConversion, model: TeacherModel | None) -> ExternalSAE:
+    has_layernorm = _has_layernorm(model) if model else None
     if Path(job.source).exists():
-        return read_external_sae(Path(job.source), job.input_scale, job.center)
+        return read_external_sae(Path(job.source), job.input_scale, job.center, has_layernorm)
     repository, folder = "/".join(job.source.split("/")[:2]), "/".join(job.source.split("/")[2:])
     if not is_hub_name(repository):
         raise UserError(f"{job.source} does not exist.")
     local = local_folder(repository, download=True, under=folder or None)
-    found = read_external_sae(local, job.input_scale, job.center)
+    found = read_external_sae(local, job.input_scale, job.center, has_layernorm)
     found.info["source"] |= {"repository": repository, "revision": local_folder(repository).name}
     return found
+
+
+def _has_layernorm(model: TeacherModel) -> bool | None:
+    """Whether the norms of a block are LayerNorm (True) or RMSNorm (False); None for others, and for both."""
+    norms = {
+        isinstance(part, nn.LayerNorm)
+        for part in model.blocks[0].children()
+        if isinstance(part, nn.LayerNorm) or "RMSNorm" in type(part).__name__
+    }
+    return norms.pop() if len(norms) == 1 else None
 
 
 def _open_teacher(model: TeacherModel, job: SAEConversion, sae: SAE) -> Teacher:
@@ -166,7 +183,9 @@ def _read_tokens(job: SAEConversion, context: int) -> tuple[Tensor, str]:
     return torch.tensor(ids[: max(FIT_TOKENS // context, 1) * context]), tokenizer.sha256
 
 
-def _check_fit(job: SAEConversion, teacher: Teacher, sae: SAE, tokens_N: Tensor, fit: dict[int, SAEReport]) -> None:
+def _check_fit(
+    job: SAEConversion, teacher: Teacher, found: ExternalSAE, tokens_N: Tensor, fit: dict[int, SAEReport]
+) -> None:
     """Raises UserError if the autoencoder leaves too much variance unexplained. Without --accept-fvu it also raises if
     another block, location or scale of its input would fit clearly better ("clearly" because neighbours are alike)."""
     worst = max(fit, key=lambda length: (math.isnan(fit[length].fvu_standardized), fit[length].fvu_standardized))
@@ -174,7 +193,8 @@ def _check_fit(job: SAEConversion, teacher: Teacher, sae: SAE, tokens_N: Tensor,
     bound = MOST_UNEXPLAINED if job.accept_fvu is None else job.accept_fvu
     if fvu <= bound and job.accept_fvu is not None:
         return
-    place = _options(sae.info["sae_layer"], sae.info["location"])
+    sae, recorded = found.sae, found.info
+    place = (sae.info["sae_layer"], sae.info["location"], "")
     fvus = _fit_everywhere(teacher.model, sae, tokens_N[:PROBE_TOKENS])
     here = fvus[place]
     if sae.form.normalization in ("none", "center"):
@@ -182,21 +202,29 @@ def _check_fit(job: SAEConversion, teacher: Teacher, sae: SAE, tokens_N: Tensor,
         # An L1 penalty shrinks latents, for which a somewhat larger input makes up.
         is_shrinkage = sae.form.activation == "relu" and 0.5 < scale < 2 and fvu_scaled > 0.5 * here
         if not is_shrinkage:
-            fvus[f"{place} --input-scale {scale * (job.input_scale or 1):.3g}"] = fvu_scaled
-    where = min(fvus, key=lambda options: (math.isnan(fvus[options]), fvus[options]))
-    best = fvus[where]
+            total = scale * (found.recorded_factor or job.input_scale or 1)
+            option = f" --input-scale {total:.3g}"
+            if found.recorded_factor:  # beside a recorded factor the option is refused
+                option = f' with {{"scaling_factor": {total:.3g}}} in activation_scaler.json'
+            fvus[*place[:2], option] = fvu_scaled
+    where = min(fvus, key=lambda place: (math.isnan(fvus[place]), fvus[place]))
+    best, (layer, location, option) = fvus[where], where
     is_better = best < CLEARLY_BETTER * min(1.0, here)
     if fvu <= bound and not is_better:  # not "fvu > bound", which nan would pass
         return
-    advice = f"it fits better, with {best:.2f}, as {where}" if is_better else "it fits no block of this teacher better"
+    advice = "it fits no block of this teacher better"
+    if is_better:
+        advice = f"it fits better, with {best:.2f}, as --layer {layer} --location {location}{option}"
+        if (recorded.get("sae_layer", layer), recorded.get("location", location)) != (layer, location):
+            advice += f" (first correct {RECORDS[found.kind]}: another place is recorded)"
     raise UserError(
         f"{job.source} does not fit {job.teacher}: it leaves {fvu:.2f} of the variance unexplained on windows of "
         f"{worst} tokens (most accepted: {bound}); {advice}. --accept-fvu X accepts up to X."
     )
 
 
-def _fit_everywhere(model: TeacherModel, sae: SAE, tokens_N: Tensor) -> dict[str, float]:
-    """The variance left unexplained at every block and location, with the mean kept and removed; keys are options."""
+def _fit_everywhere(model: TeacherModel, sae: SAE, tokens_N: Tensor) -> dict[tuple[int, Location, str], float]:
+    """The variance left unexplained by layer, location and option: with the mean kept and removed."""
     variants = {"": sae}
     if (kind := sae.form.normalization) in CENTERED:
         variants[" --center"] = centered = copy(sae)
@@ -209,7 +237,7 @@ def _fit_everywhere(model: TeacherModel, sae: SAE, tokens_N: Tensor) -> dict[str
             continue
         rows = list(_hidden_rows(teacher, tokens_N, SHORT_WINDOW))
         for option, variant in variants.items():
-            fvus[_options(layer, location) + option] = measure_sae(variant, rows).fvu_standardized
+            fvus[layer, location, option] = measure_sae(variant, rows).fvu_standardized
     return fvus
 
 
@@ -224,10 +252,6 @@ def _fit_scaled(teacher: Teacher, sae: SAE, tokens_N: Tensor) -> tuple[float, fl
     best = min(INPUT_SCALES, key=unexplained)
     best = min((best * 2 ** (step / 4) for step in (-1, 0, 1)), key=unexplained)  # close enough to be used
     return best, unexplained(best)[1]
-
-
-def _options(layer: int, location: Location) -> str:
-    return f"--layer {layer} --location {location}"
 
 
 def _hidden_rows(teacher: Teacher, tokens_N: Tensor, length: int) -> Iterator[Tensor]:

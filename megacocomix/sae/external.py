@@ -34,6 +34,8 @@ class ExternalSAE:
     sae: SAE
     kind: str
     info: dict[str, Any] = field(default_factory=dict)
+    recorded_factor: float | None = None
+    """What its files record that inputs are multiplied by. It is in the weights here."""
 
 
 def read_cfg(file: Path) -> dict[str, Any]:

@@ -56,15 +56,17 @@ SPARSIFY_KNOWN = {"d_in", "num_latents", "k", "expansion_factor", "normalize_dec
 UNEXPECTED = (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError, OverflowError, RecursionError)
 
 
-def read_external_sae(path: Path, input_scale: float | None = None, center: bool | None = None) -> ExternalSAE:
+def read_external_sae(
+    path: Path, input_scale: float | None = None, center: bool | None = None, has_layernorm: bool | None = None
+) -> ExternalSAE:
     """Read an autoencoder of any format above, fp32, on the CPU. `input_scale` is what its inputs have to be multiplied
     by, if its files do not record that; it is folded into the weights. `center` says whether it was trained on a
-    residual without its mean; None: as its files say. Raises UserError for anything else, and for a computation that
-    ours does not have."""
+    residual without its mean; None: as its files say, if the teacher `has_layernorm` (None: as its name says). Raises
+    UserError for anything else, and for a computation that ours does not have."""
     if input_scale is not None and not (math.isfinite(input_scale) and input_scale > 0):
         raise UserError(f"--input-scale {input_scale} must be a positive number.")
     try:
-        found = _read(path, input_scale, center)
+        found = _read(path, input_scale, center, has_layernorm)
     except UserError:
         raise
     except UNEXPECTED as error:
@@ -82,11 +84,12 @@ def read_external_sae(path: Path, input_scale: float | None = None, center: bool
     return found
 
 
-def _read(path: Path, input_scale: float | None, center: bool | None) -> ExternalSAE:
+def _read(path: Path, input_scale: float | None, center: bool | None, has_layernorm: bool | None) -> ExternalSAE:
     if path.is_file() and path.suffix in (".pt", ".pth"):
         return _read_openai(path, input_scale)
     if (path / "cfg.json").is_file():
-        readers = {"sae_weights.safetensors": partial(read_saelens, center=center), "sae.safetensors": _read_sparsify}
+        saelens = partial(read_saelens, center=center, has_layernorm=has_layernorm)
+        readers = {"sae_weights.safetensors": saelens, "sae.safetensors": _read_sparsify}
         if (files := [file for file in readers if (path / file).is_file()]) == list(readers):
             raise UserError(f"{path} holds both {' and '.join(files)}: it is not clear which cfg.json describes.")
         for file in files:

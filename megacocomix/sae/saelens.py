@@ -18,6 +18,15 @@ autoencoders (norm_scaling_factor), and here it has to be given as an option.
 
 3.13 to 5.0 state `none` for finished autoencoders that were trained with constant_norm_rescale or layer_norm, too.
 SAELens itself then computes them without normalising; only measuring shows the loss.
+
+Whether the teacher's residual had its mean, where `center_writing_weights` is absent from cfg.json:
+
+    trained by                       the mean of a teacher with LayerNorm was
+    up to 3.19.1, or `hook_point`    removed: HookedTransformer.from_pretrained does that by default
+    3.19.2 and later                 kept: from_pretrained_no_processing
+    not recorded                     unknown: an option has to say
+
+Up to 3.19.1, cfg.json does not record how the teacher was loaded, or records {}, which is the default.
 """
 
 import json
@@ -90,6 +99,8 @@ MODEL_KWARGS = {
     "revision", "dtype", "torch_dtype", "device", "n_devices", "device_map", "move_to_device", "trust_remote_code",
     "default_prepend_bos", "default_padding_side", "low_cpu_mem_usage", "attn_implementation",
 }  # fmt: skip
+# The first version that by default loads the teacher without centring it (bisected from the published wheels).
+UNCENTERED_SINCE = (3, 19, 2)
 # TransformerLens centres these teachers; those with RMSNorm it leaves as they are, whatever the setting says.
 LAYERNORM_MODELS = r"(?:[\w.-]+/)?(?:(?:distil)?gpt2|pythia-|opt-|gpt-neo|gpt-?j)"
 # Settings of some version that change neither what is computed nor where: data, initial values, losses, schedules,
@@ -117,10 +128,16 @@ HARMLESS = """
 
 
 def read_saelens(
-    path: Path, cfg: dict, tensors: dict[str, Tensor], input_scale: float | None, center: bool | None
+    path: Path,
+    cfg: dict,
+    tensors: dict[str, Tensor],
+    input_scale: float | None,
+    center: bool | None,
+    has_layernorm: bool | None,
 ) -> ExternalSAE:
     """`input_scale` is the factor of `expected_average_only_in` where the folder does not record it. Unless `center` is
-    None, the caller removes the mean or keeps it, and what the folder states about that is not used."""
+    None, the caller removes the mean or keeps it, and what the folder states about that is not used. `has_layernorm` is
+    about the teacher; None: as its name says."""
     source = str(path)
     if not isinstance(metadata := cfg.get("metadata", {}), dict):
         raise UserError(f"{path}: metadata {json.dumps(metadata)} in cfg.json is not an object.")
@@ -145,9 +162,10 @@ def read_saelens(
     weights["encoder"] = weights["encoder"].T
     if finetuning is not None:
         weights["decoder"] = weights["decoder"] * finetuning[:, None]
-    normalize = _normalization(path, cfg)
+    normalize, recorded_factor = _normalization(path, cfg), None
     if normalize == "expected_average_only_in":
-        scale_input(weights, _average_factor(path, input_scale))
+        recorded_factor = _recorded_factor(path)
+        scale_input(weights, _average_factor(path, recorded_factor, input_scale))
     elif input_scale is not None:
         scale_input(weights, input_scale)
     if flag(cfg, "rescale_acts_by_decoder_norm", False, source):
@@ -167,13 +185,7 @@ def read_saelens(
             "here is the same, remove them from model_from_pretrained_kwargs in cfg.json."
         )
     form["normalization"] = NORMALIZATIONS[normalize]
-    is_centered = flag(model_kwargs, "center_writing_weights", False, source)
-    if is_centered and center is None and form["normalization"] in CENTERED:
-        if not re.match(LAYERNORM_MODELS, name := str(about.get("model_name"))):
-            raise UserError(
-                f"{path}: center_writing_weights removes the mean only if the teacher has LayerNorm, and {name} is not "
-                "known to have it: give --center if it has, --no-center if it has RMSNorm."
-            )
+    if center is None and form["normalization"] in CENTERED and _is_centered(path, about, model_kwargs, has_layernorm):
         form["normalization"] = CENTERED[form["normalization"]]
     info = _hook(path, about)
     info |= {"teacher": about.get("model_name"), "context": about.get("context_size")}
@@ -182,7 +194,38 @@ def read_saelens(
         SAE.from_weights(weights, SAEForm(**form), source),
         "saelens",
         {key: value for key, value in info.items() if value is not None},
+        recorded_factor,
     )
+
+
+def _is_centered(path: Path, about: dict, model_kwargs: dict, has_layernorm: bool | None) -> bool:
+    """Whether the residual that it was trained on had no mean. Raises UserError where the folder does not say."""
+    centers = _was_centered_by_default(about)
+    if "center_writing_weights" in model_kwargs:
+        centers = flag(model_kwargs, "center_writing_weights", False, str(path))
+    if centers is False or has_layernorm is False:
+        return False
+    if centers is None:
+        raise UserError(
+            f"{path}: cfg.json records neither center_writing_weights nor the version of SAELens that trained it "
+            "(before 3.19.2 it removed the mean of the residual): give --center if the mean was removed, else "
+            "--no-center."
+        )
+    if not has_layernorm and not re.match(LAYERNORM_MODELS, name := str(about.get("model_name"))):
+        raise UserError(
+            f"{path}: center_writing_weights (true by default before SAELens 3.19.2) removes the mean only if the "
+            f"teacher has LayerNorm, and {name} is not known to have it: give --center if it has, --no-center if it "
+            "has RMSNorm."
+        )
+    return True
+
+
+def _was_centered_by_default(about: dict) -> bool | None:
+    """What the version that trained it did; None if that is not recorded."""
+    version = about.get("sae_lens_training_version", about.get("sae_lens_version"))  # as 6.x reads it
+    if found := re.match(r"(\d+)\.(\d+)\.(\d+)", str(version)):
+        return tuple(map(int, found.groups())) < UNCENTERED_SINCE
+    return True if "hook_point" in about else None  # the name before 3.0
 
 
 def _activation(cfg: dict, source: str) -> dict[str, Any]:
@@ -244,11 +287,13 @@ def _normalization(path: Path, cfg: dict) -> str:
     return name
 
 
-def _average_factor(path: Path, given: float | None) -> float:
-    """What the inputs have to be multiplied by: as recorded, else as given."""
+def _recorded_factor(path: Path) -> float | None:
     recorded = _scaler_factor(path)
-    if recorded is None:
-        recorded = _store_factor(path)
+    return _store_factor(path) if recorded is None else recorded
+
+
+def _average_factor(path: Path, recorded: float | None, given: float | None) -> float:
+    """What the inputs have to be multiplied by: as recorded, else as given."""
     if recorded is not None and given is not None:
         raise UserError(f"{path} records the factor {recorded:.6g} of its inputs: leave out --input-scale.")
     if (factor := given if recorded is None else recorded) is None:

@@ -15,11 +15,13 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from external_checkpoints import huggingface_model
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging as hf_logging
 
 import tiny
+from megacocomix.hf import modeling_cocomix
 from megacocomix.hf.export import export_hf
 from megacocomix.hf.modeling_cocomix import CocomixForCausalLM
 from megacocomix.hf.open import open_model
@@ -160,6 +162,30 @@ def test_a_hook_on_the_compress_layer_reads_the_concept_vectors(with_concepts):
     with_concepts(TOKENS)
     dense = torch.zeros(*TOKENS.shape, tiny.LATENTS).scatter(-1, kept[0].indices, kept[0].values)
     close(vectors[0], torch.nn.functional.linear(dense, layer.weight, layer.bias))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that was made, in numbers."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        self.numbers = max(self.numbers, made.numel() if torch.is_tensor(made) else 0)
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_concepts_are_mixed_a_few_tokens_at_a_time_to_the_same_bits(dtype, monkeypatch):
+    kept, width = 5, 48
+    monkeypatch.setattr(modeling_cocomix, "MAX_GATHERED", 7 * kept * width)
+    layer = modeling_cocomix.CocomixCompress(16, width, dtype=dtype)
+    values, indices = torch.randn(2, 11, 16).to(dtype).topk(kept)  # 22 rows: the last chunk is one row
+    with Largest() as whole:
+        expected = layer(values, indices)
+    with torch.no_grad(), Largest() as chunked:
+        assert torch.equal(layer(values, indices), expected)
+    assert (chunked.numbers, whole.numbers) == (7 * kept * width, 22 * kept * width)
 
 
 # ---- gradient checkpointing

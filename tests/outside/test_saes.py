@@ -1,6 +1,8 @@
 """What a foreign autoencoder holds is computed as its own library computes it, or refused by name; never left out."""
 
 import json
+import re
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -22,6 +24,14 @@ from external_saes import (
     write_sparsify,
 )
 from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from megacocomix.data.documents import read_documents
 from megacocomix.data.sources import find_sources
@@ -123,7 +133,12 @@ def test_an_installed_saelens_gives_the_same(tmp_path, name):
         computes(read_external_sae(tmp_path / "sae").sae, latents, theirs.decode(latents))
 
 
-@pytest.mark.parametrize("cfg", [SAELENS_6 | AVERAGE, SAELENS_5 | AVERAGE, SAELENS_1 | {"normalize_activations": True}])
+UNCENTERED = {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
+
+
+@pytest.mark.parametrize(
+    "cfg", [SAELENS_6 | AVERAGE, SAELENS_5 | AVERAGE, SAELENS_1 | UNCENTERED | {"normalize_activations": True}]
+)
 def test_an_input_factor_that_is_not_recorded_has_to_be_given(tmp_path, cfg):
     weights = write_saelens(tmp_path / "sae", cfg)
     with pytest.raises(UserError, match=r"does not record .activation_scaler\.json.: give --input-scale X, or 1"):
@@ -279,6 +294,71 @@ def test_whether_the_residual_of_any_other_teacher_was_centred_has_to_be_given(t
     assert read_external_sae(tmp_path / "sae", center=False).sae.form.normalization == "none"
     write_saelens(tmp_path / "norm", metadata(model_name=name, **CENTERED) | {"normalize_activations": "layer_norm"})
     assert read_external_sae(tmp_path / "norm").sae.form.normalization == "standardize"  # which centres anyway
+
+
+def version(name):
+    return SAELENS_5 | {"sae_lens_training_version": name}
+
+
+# How the wheels of 0.4.0, 1.8.0, 2.1.3, 3.1.0 … 3.19.1 and 3.19.2 … 6.54.12 load the teacher by default.
+@pytest.mark.parametrize(
+    ("cfg", "normalization"),
+    [
+        (SAELENS_1, "center"),
+        (version("3.1.0"), "center"),
+        (version("3.19.1"), "center"),
+        (metadata(SAELENS_6, sae_lens_training_version="3.9.0"), "center"),  # an old one, saved again by 6
+        (version("3.19.1") | UNCENTERED, "none"),
+        (version("3.19.2"), "none"),
+        (version("3.20.1"), "none"),
+        (version("5.0.0-rc.1"), "none"),
+        (SAELENS_6, "none"),
+        (version("3.19.2") | CENTERED, "center"),
+        (version(None) | CENTERED, "center"),
+        (version(None) | UNCENTERED, "none"),
+    ],
+)
+def test_where_centring_is_not_stated_it_is_what_the_version_does_by_default(tmp_path, cfg, normalization):
+    write_saelens(tmp_path / "absent", cfg)
+    assert read_external_sae(tmp_path / "absent").sae.form.normalization == normalization
+    for name, empty in (("empty", {}), ("null", None)):
+        if "model_from_pretrained_kwargs" not in cfg:
+            write_saelens(tmp_path / name, cfg | {"model_from_pretrained_kwargs": empty})
+            assert read_external_sae(tmp_path / name).sae.form.normalization == normalization
+
+
+@pytest.mark.parametrize("cfg", [version(None), version("main"), metadata(SAELENS_6, sae_lens_training_version=None)])
+def test_where_no_version_is_recorded_centring_has_to_be_given(tmp_path, cfg):
+    write_saelens(tmp_path / "sae", cfg)
+    with pytest.raises(UserError, match=r"records neither .* give --center if the mean was removed, else --no-center"):
+        read_external_sae(tmp_path / "sae")
+    assert read_external_sae(tmp_path / "sae", center=True).sae.form.normalization == "center"
+    assert read_external_sae(tmp_path / "sae", center=False).sae.form.normalization == "none"
+    write_saelens(tmp_path / "norm", cfg | {"normalize_activations": "layer_norm"})
+    assert read_external_sae(tmp_path / "norm").sae.form.normalization == "standardize"  # which centres anyway
+
+
+@pytest.mark.parametrize("cfg", [metadata(model_name="mine", **CENTERED), version("3.1.0"), version(None)])
+def test_the_norms_of_a_loaded_teacher_count_and_not_its_name(root, tmp_path, cfg):
+    """TransformerLens centres the weights of a model with LayerNorm, and leaves one with RMSNorm as it is."""
+    shape = {"vocab_size": 64, "max_position_embeddings": 16, "num_hidden_layers": 5, "num_attention_heads": 2}
+    llama = LlamaConfig(hidden_size=WIDTH, intermediate_size=32, **shape)
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "rms")
+    neox = GPTNeoXConfig(hidden_size=WIDTH, intermediate_size=32, **shape)
+    GPTNeoXForCausalLM(neox).save_pretrained(tmp_path / "layernorm")
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=WIDTH, n_layer=5, n_head=2)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    write_saelens(tmp_path / "sae", cfg)
+    expected = {"rms": "none", "layernorm": "center", "gpt2": "center"}
+    for name, normalization in expected.items():
+        teacher = str(tmp_path / name)
+        job = conversion(root, tmp_path / "sae", tmp_path / f"{name}.safetensors", teacher=teacher, text=None)
+        if cfg == version(None) and name != "rms":
+            with pytest.raises(UserError, match="records neither"):
+                convert_sae(job)
+        else:
+            assert convert_sae(job).sae.form.normalization == normalization
 
 
 def test_a_decoder_row_of_zeros_adds_nothing_where_latents_are_rescaled_by_its_norm(tmp_path):
@@ -484,6 +564,34 @@ def test_a_wrong_scale_of_the_input_is_seen_and_named(root, quartered, tmp_path)
     given = convert_sae(right).fit
     (tmp_path / "sae/activation_scaler.json").write_text('{"scaling_factor": 0.25}')
     assert convert_sae(conversion(root, tmp_path / "sae", tmp_path / "read.safetensors")).fit == given
+
+
+def test_a_wrong_factor_that_is_recorded_is_corrected_as_the_error_says(root, quartered, tmp_path):
+    """Beside a recorded factor --input-scale is refused. Version 5 records it in another file."""
+    export(quartered, tmp_path / "sae")
+    cfg = json.loads((tmp_path / "sae/cfg.json").read_text()) | AVERAGE
+    (tmp_path / "sae/cfg.json").write_text(json.dumps(cfg))
+    save_file({"estimated_norm_scaling_factor": torch.tensor(2.0)}, tmp_path / "sae" / STORE)
+    job = conversion(root, tmp_path / "sae", tmp_path / "out.safetensors")
+    with pytest.raises(UserError, match=r"--location resid_post_mlp with .* in activation_scaler\.json") as caught:
+        convert_sae(job)
+    advised = re.search(r"with (\{.*\}) in activation_scaler\.json", caught.value.problems[0])[1]
+    assert json.loads(advised)["scaling_factor"] == pytest.approx(0.25, rel=0.2)
+    (tmp_path / "sae" / SCALER).write_text(advised)
+    assert convert_sae(job).fit[64].fvu_standardized < 0.5
+
+
+def test_a_wrong_layer_that_is_recorded_is_corrected_as_the_error_says(root, quartered, tmp_path):
+    """Beside a recorded layer another --layer is refused."""
+    export(quartered, tmp_path / "sae")
+    text = (tmp_path / "sae/cfg.json").read_text()
+    (tmp_path / "sae/cfg.json").write_text(text.replace("blocks.3.", "blocks.0."))
+    job = conversion(root, tmp_path / "sae", tmp_path / "out.safetensors", input_scale=0.25)
+    advice = r"--layer 3 --location resid_post_mlp \(first correct hook_name .* in cfg\.json, and its layer: another"
+    with pytest.raises(UserError, match=advice):
+        convert_sae(job)
+    (tmp_path / "sae/cfg.json").write_text(text)
+    assert convert_sae(replace(job, layer=3, location="resid_post_mlp")).sae.info["sae_layer"] == 3
 
 
 def test_an_option_that_contradicts_the_record_is_refused_with_both(root, tmp_path):
