@@ -31,6 +31,17 @@ def write_tokens(path, num_tokens, seed=0):
     tokens.astype(np.uint16).tofile(path)
 
 
+def write_shards(folder, tokens):
+    """The tokens as a split of our own format, of GPT-2's tokenizer but with the vocabulary of a tiny run."""
+    from megacocomix.data.tokenizer import load_tokenizer
+    from megacocomix.data.tokens import ShardWriter
+
+    writer, gpt2 = ShardWriter(folder, tokens.dtype, len(tokens)), load_tokenizer("gpt2")
+    writer.append(tokens)
+    tokenizer = {"name": "gpt2", "sha256": gpt2.sha256, "eot_id": gpt2.eot_id}
+    writer.finish({"tokenizer": tokenizer, "vocab_size": VOCAB})
+
+
 def make_teacher(folder):
     """A random GPT-2 in Hugging Face's format, without a tokenizer: its tokens are nobody's."""
     from megacocomix.hf.export import export_hf

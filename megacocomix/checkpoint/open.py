@@ -19,7 +19,7 @@ from megacocomix.checkpoint.tensors import SafetensorFiles, sharded_files
 from megacocomix.config.load import build_config
 from megacocomix.config.schema import Config, ModelConfig
 from megacocomix.config.yaml_text import read_yaml
-from megacocomix.data.tokenizer import folder_tokenizer
+from megacocomix.data.tokenizer import Tokenizer, folder_tokenizer, load_tokenizer
 from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
 from megacocomix.model.gpt2 import GPT2
@@ -140,3 +140,10 @@ def model_tokenizer(path: str | Path) -> str | None:
                 value = value.get(key) if isinstance(value, dict) else None  # a config.yaml need not be ours
             return value if isinstance(value, str) else None
     return None
+
+
+def recorded_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer of a model folder, loaded. None if the folder records none, or a file that does not exist any
+    more. Raises UserError for one that is damaged."""
+    spec = model_tokenizer(path)
+    return load_tokenizer(spec) if spec and (spec == "gpt2" or Path(spec).exists()) else None

@@ -70,8 +70,8 @@ REFUSED = {
 }
 CHUNK_BYTES = 2**26
 MOST_DOCUMENTS = 10_000
-KNOWN: dict[str, "Scan"] = {}
-"""What another process of the job found, by path."""
+KNOWN: dict[Path, "Scan"] = {}
+"""What another process of the job found."""
 # Writes to a mapped file give it a new time of change only when they reach the disk.
 SETTLED_SECONDS = 60
 
@@ -289,7 +289,7 @@ def _scan(path: Path, dtype: np.dtype, offset: int, size: int) -> Scan:
     """Read the whole file in parallel, or what an earlier reading found if the file has not changed since."""
     stat, cache = path.stat(), path.with_name(f".{path.name}.scan.json")
     about = {"bytes": size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "dtype": dtype.str}
-    known = KNOWN.get(str(path))
+    known = KNOWN.get(path)
     if known and (known.bytes, known.mtime_ns, known.dtype) == (size, stat.st_mtime_ns, dtype.str):
         return known
     with suppress(OSError, ValueError):

@@ -8,6 +8,7 @@ binary.py). Everything is memory-mapped.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -25,6 +26,7 @@ FORMAT, VERSION = "megacocomix-tokens", 1
 MANIFEST = "manifest.json"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 MEBIBYTE = 2**20
+RECORD_SECONDS = 10  # an interrupted verification repeats about this much
 
 
 class TokenShards:
@@ -236,14 +238,17 @@ def _verify(folder: Path, hashes: dict[Path, str]) -> None:
     known = {}
     with suppress(OSError, ValueError, TypeError):
         known = dict(json.loads(record.read_bytes()))
+    written = time.monotonic()
     waiting = {file: sha256 for file, sha256 in hashes.items() if known.get(file.name) != [sha256, *times[file.name]]}
     with ThreadPoolExecutor() as pool:
         for (file, expected), found in zip(waiting.items(), pool.map(file_sha256, waiting), strict=True):
             if found != expected:
                 raise UserError(f"{file} is damaged: its SHA-256 differs from the manifest's.")
             known[file.name] = [expected, *times[file.name]]
-            with suppress(OSError):  # the folder may be read-only
-                write_json(record, known)
+            if time.monotonic() - written > RECORD_SECONDS or len(known) == len(hashes):
+                written = time.monotonic()
+                with suppress(OSError):  # the folder may be read-only
+                    write_json(record, known)
 
 
 def _map_shard(file: Path, num_tokens: int, dtype: np.dtype) -> np.ndarray:

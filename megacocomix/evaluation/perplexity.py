@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megacocomix.checkpoint.format import checkpoint_step, list_checkpoints, read_checkpoint_manifest
-from megacocomix.checkpoint.open import weights_sha256
+from megacocomix.checkpoint.open import recorded_tokenizer, weights_sha256
 from megacocomix.config.load import build_config
 from megacocomix.config.schema import Config
 from megacocomix.data.check import check_tokens
@@ -18,7 +18,6 @@ from megacocomix.data.tokens import TokenDataset, TokenShards, check_token_ids
 from megacocomix.errors import UserError
 from megacocomix.files import write_json
 from megacocomix.model.losses import MASKED, label_cross_entropy, next_token_targets
-from megacocomix.teacher.load import teacher_tokenizer
 
 
 def all_checkpoints(run: str | Path) -> list[Path]:
@@ -65,7 +64,7 @@ def evaluate_folder(folder: str | Path, data: str | None, batch: int, dtype: str
     opened = open_model(folder)
     shards, data = open_held_out(opened.path, opened.config, data, dtype)
     vocab_size = opened.vocab_size
-    check_tokens(data, shards, vocab_size, (str(opened.path), teacher_tokenizer(opened.path)))
+    check_tokens(data, shards, vocab_size, (str(opened.path), recorded_tokenizer(opened.path)))
     dataset = TokenDataset(shards, opened.context, None)
     total = 0.0
     with torch.no_grad(), tqdm(total=dataset.num_windows, unit="window", desc="evaluating", disable=None) as progress:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from megacocomix.checkpoint.open import LoadedModel, load_lm, model_tokenizer, weights_sha256
+from megacocomix.checkpoint.open import LoadedModel, load_lm, recorded_tokenizer, weights_sha256
 from megacocomix.config.schema import Location
-from megacocomix.data.tokenizer import Tokenizer, load_tokenizer
+from megacocomix.data.tokenizer import Tokenizer
 from megacocomix.errors import UserError
 from megacocomix.hub import local_folder
 from megacocomix.teacher.model import Teacher, TeacherModel, gpt2_teacher
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def load_teacher(
@@ -56,10 +56,8 @@ def _check_finite(model: nn.Module, path: Path) -> None:
 
 
 def teacher_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer in a teacher's folder, or of its run's config. None if there is none, or if the file named in the
-    config does not exist any more."""
-    spec = model_tokenizer(local_folder(path))
-    return load_tokenizer(spec) if spec and (spec == "gpt2" or Path(spec).exists()) else None
+    """`recorded_tokenizer` of a folder, or of a name on the hub."""
+    return recorded_tokenizer(local_folder(path))
 
 
 def _hf_teacher(lm: "PreTrainedModel", path: Path) -> TeacherModel:
@@ -73,15 +71,11 @@ def _hf_teacher(lm: "PreTrainedModel", path: Path) -> TeacherModel:
         probe = torch.arange(4, device=head.weight.device)[None]
         logits, expected = head(body(probe)), lm(input_ids=probe, use_cache=False).logits
     tolerance = 2 * torch.finfo(logits.dtype).eps * expected.abs().max().item()
-    changes = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling") if _changes(config, key)]
-    if changes or not torch.allclose(logits, expected, rtol=0, atol=tolerance):
+    settings = (getattr(config, key, None) for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
+    is_changed = any(value not in (None, 1) for value in settings)
+    if is_changed or not torch.allclose(logits, expected, rtol=0, atol=tolerance):
         raise UserError(f"teacher {path} is a {type(lm).__name__}, which changes its logits after its head.")
     return TeacherModel(body, head, blocks, config.max_position_embeddings, weights_sha256(path))
-
-
-def _changes(config: "PretrainedConfig", key: str) -> bool:
-    """Whether a setting of a config changes the logits that the head gives."""
-    return getattr(config, key, None) not in (None, 1, 1.0)
 
 
 def _list_blocks(model: nn.Module, num_blocks: int) -> list[nn.Module] | None:

@@ -1,6 +1,5 @@
 """Open the inputs of a run, and compare them with its config."""
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +55,13 @@ class Inputs:
 def verify_data(config: Config, is_main: bool) -> None:
     """Rank 0 reads all tokens, unless it did so before: hashes of shards, and all of other projects' files. The other
     ranks wait, and get what it found. Raises UserError on all ranks for a shard that is not as it was written."""
-    if is_main:
-        with suppress(UserError):  # open_inputs finds the same, with all other problems
-            for path in filter(os.path.isfile, (config.data.train, config.data.valid)):
-                KNOWN[path] = TokenShards.open(path, config.data.dtype).binary.scan
+    splits = {Path(config.data.train), Path(config.data.valid)} if is_main else set()
     with errors_on_all_ranks():
-        for path in filter(os.path.isdir, (config.data.train, config.data.valid) if is_main else ()):
+        for path in filter(Path.is_dir, splits):
             TokenShards.open(path, verify=True)
+        for path in filter(Path.is_file, splits):
+            with suppress(UserError):  # open_inputs finds the same, with all other problems
+                KNOWN[path] = TokenShards.open(path, config.data.dtype).binary.scan
     known = [KNOWN]
     dist.broadcast_object_list(known, src=0)
     KNOWN.update(known[0])

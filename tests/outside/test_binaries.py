@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ import torch
 
 import tiny
 from jobs import train
+from megacocomix.data import binary
 from megacocomix.data.check import token_problems
 from megacocomix.data.tokenizer import load_tokenizer
-from megacocomix.data.tokens import ShardWriter, TokenShards, file_fingerprint
+from megacocomix.data.tokens import TokenShards, file_fingerprint
 from megacocomix.errors import UserError
 from processes import run_processes, run_tool
 
@@ -318,15 +320,34 @@ def test_the_commands_take_the_type_of_raw_ids(tmp_path, root):
     assert run_tool(f"{sae} --data-dtype uint32", tmp_path).returncode == 0
 
 
+def record_inputs(folder, inputs):
+    """Change what the checkpoint of step 3 recorded."""
+    file = folder / "run/checkpoints/step-00000003/checkpoint.json"
+    checkpoint = json.loads(file.read_text())
+    checkpoint["inputs"] |= inputs
+    file.write_text(json.dumps(checkpoint))
+
+
+def train_with_rank_1_unable_to_read_whole_files(config):
+    if os.environ["RANK"] == "1":
+        binary._scan_chunk = None
+    return train(config)
+
+
+def test_one_process_of_a_job_reads_a_file_whole_and_the_others_get_what_it_found(tmp_path):
+    """Also if nothing can be kept beside it, as for a file that is still warm; under any spelling of its path."""
+    tiny.make_inputs(tmp_path)
+    config = tiny.config(tmp_path, data={"train": f"{tmp_path}/./train.bin"}, training={"steps": 1})
+    assert run_processes(2, train_with_rank_1_unable_to_read_whole_files, config) == [(0, [])] * 2
+    assert not list(tmp_path.glob(".*.scan.json"))
+
+
 def test_an_earlier_runs_fingerprint_of_its_data_still_resumes(tmp_path):
     tiny.make_inputs(tmp_path)
     first = tiny.config(tmp_path, training={"stop_after": 3})
     assert run_processes(1, train, first) == [(0, [])]
-    file = tmp_path / "run/checkpoints/step-00000003/checkpoint.json"
-    checkpoint = json.loads(file.read_text())
-    for split, name in (("data.train", "train.bin"), ("data.valid", "val.bin")):
-        checkpoint["inputs"][split] = TokenShards.open(tmp_path / name).former_fingerprint
-    file.write_text(json.dumps(checkpoint))
+    names = {"data.train": "train.bin", "data.valid": "val.bin"}
+    record_inputs(tmp_path, {key: file_fingerprint(tmp_path / name) for key, name in names.items()})
     assert run_processes(1, train, tiny.config(tmp_path)) == [(0, [])]
     tiny.write_tokens(tmp_path / "val.bin", 10 * tiny.CONTEXT, seed=2)
     ((code, lines),) = run_processes(1, train, tiny.config(tmp_path))
@@ -369,13 +390,9 @@ def test_the_index_beside_the_file_that_a_link_leads_to_counts(tmp_path):
 def test_changed_shards_of_our_own_are_not_trained_on(tmp_path):
     tiny.make_inputs(tmp_path)
     tokens = np.fromfile(tmp_path / "train.bin", np.uint16)
-    gpt2 = load_tokenizer("gpt2")
-    for split in ("train", "valid"):
-        writer = ShardWriter(tmp_path / split, tokens.dtype, len(tokens))
-        writer.append(tokens)
-        tokenizer = {"name": "gpt2", "sha256": gpt2.sha256, "eot_id": gpt2.eot_id}
-        writer.finish({"tokenizer": tokenizer, "vocab_size": tiny.VOCAB})
     data = {split: str(tmp_path / split) for split in ("train", "valid")}
+    for folder in data.values():
+        tiny.write_shards(Path(folder), tokens)
     assert run_processes(1, train, tiny.config(tmp_path, data=data, training={"stop_after": 1})) == [(0, [])]
     shard = tmp_path / "train/shard-00000.bin"
     shard.write_bytes(shard.read_bytes()[::-1])
@@ -386,9 +403,6 @@ def test_changed_shards_of_our_own_are_not_trained_on(tmp_path):
 def test_a_run_on_raw_ids_does_not_resume_with_another_tokenizer(tmp_path):
     tiny.make_inputs(tmp_path)
     assert run_processes(1, train, tiny.config(tmp_path, training={"stop_after": 3})) == [(0, [])]
-    file = tmp_path / "run/checkpoints/step-00000003/checkpoint.json"
-    checkpoint = json.loads(file.read_text())
-    checkpoint["inputs"]["data.tokenizer"] = "another, end of text 0"
-    file.write_text(json.dumps(checkpoint))
+    record_inputs(tmp_path, {"data.tokenizer": "another, end of text 0"})
     ((code, lines),) = run_processes(1, train, tiny.config(tmp_path))
     assert code == 2 and "the content of data.tokenizer has changed" in lines[0]

@@ -1,5 +1,6 @@
 """Runs with errors in their numbers, their data or their logs."""
 
+import errno
 import json
 import os
 
@@ -8,8 +9,8 @@ import pytest
 
 import tiny
 from jobs import train, train_all
-from megacocomix.data.tokenizer import load_tokenizer
-from megacocomix.data.tokens import ShardWriter
+from megacocomix.errors import UserError
+from megacocomix.parallel.runtime import errors_on_all_ranks, start_runtime, stop_runtime
 from processes import run_processes
 
 pytestmark = pytest.mark.slow
@@ -55,15 +56,29 @@ def test_a_file_that_one_rank_lacks_is_an_error_of_all_ranks_that_names_it(folde
     assert not (folder / "one-rank").exists()
 
 
+def lose_a_disk_on_rank_1():
+    start_runtime()
+    problems = []
+    try:
+        with errors_on_all_ranks():
+            if os.environ["RANK"] == "1":
+                raise OSError(errno.EIO, "Input/output error", "data/x.bin")
+    except UserError as error:
+        problems = error.problems
+    stop_runtime()
+    return problems
+
+
+def test_a_file_that_one_rank_cannot_read_is_an_error_of_all_ranks():
+    for (problem,) in run_processes(2, lose_a_disk_on_rank_1, timeout=100):
+        assert problem.startswith("data/x.bin: Input/output error. (rank 1 on ")
+
+
 def test_a_token_that_one_rank_reads_outside_the_vocabulary_stops_all(folder):
-    bad = folder / "bad"
     tokens = np.fromfile(folder / "train.bin", np.uint16)
     tokens[16 * 40] = 500  # in one window, of shards whose manifest says that there is no such token
-    writer = ShardWriter(bad, tokens.dtype, len(tokens))
-    writer.append(tokens)
-    gpt2 = load_tokenizer("gpt2")
-    tokenizer = {"name": "gpt2", "sha256": gpt2.sha256, "eot_id": gpt2.eot_id}
-    writer.finish({"tokenizer": tokenizer, "vocab_size": tiny.VOCAB})
+    bad = folder / "bad"
+    tiny.write_shards(bad, tokens)
     config = tiny.config(
         folder, "bad-token", data={"train": str(bad)}, training={"steps": 30}, checkpoint={"every": 100}
     )
