@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megacocomix.config.method import MethodConfig
+from megacocomix.model.losses import row_chunks
 
 STANDARDIZE_EPS = 1e-5
 
@@ -59,6 +60,56 @@ class TopK(nn.Module):
         return logits_BTC.topk(self.num_kept, dim=-1)
 
 
+def weighted_rows(weight_CD: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Σ_k value[…, k] · weight[index[…, k]]: int64 indices and values […, K] → […, D], in the weight's dtype.
+
+    Sums are in fp32 (of an fp64 weight in fp64) and in a fixed order. In bf16, embedding_bag has no gradient of its
+    values on a GPU before torch 2.13, and on a CPU that of its weight is summed in bf16.
+    """
+    index_NK, value_NK = index.flatten(0, -2), value.flatten(0, -2).to(weight_CD.dtype)
+    return _WeightedRows.apply(weight_CD, index_NK, value_NK).unflatten(0, index.shape[:-1])
+
+
+class _WeightedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight_CD, index_NK, value_NK):
+        ctx.save_for_backward(weight_CD, index_NK, value_NK)
+        return F.embedding_bag(index_NK, weight_CD, mode="sum", per_sample_weights=value_NK)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        weight_CD, index_NK, value_NK = ctx.saved_tensors
+        grad_ND = grad_ND.contiguous()
+        needs_weight, _, needs_value = ctx.needs_input_grad
+        return (
+            _weight_gradient(grad_ND, index_NK, value_NK, len(weight_CD)) if needs_weight else None,
+            None,
+            _value_gradient(grad_ND, index_NK, weight_CD) if needs_value else None,
+        )
+
+
+def _weight_gradient(grad_ND, index_NK, value_NK, num_rows):
+    """[C, D]. It is a weighted sum of rows too: row c sums the gradients of the positions that kept c."""
+    # Each row is summed by one thread. Entries of value 0 add nothing, and a tensor rank has one with row 0 for each
+    # concept of another rank: spread over all rows, they make no row long.
+    spread_NK = torch.arange(index_NK.numel(), device=index_NK.device).view_as(index_NK) % num_rows
+    kept, order = torch.where(value_NK == 0, spread_NK, index_NK).flatten().sort(stable=True)
+    starts_C = torch.searchsorted(kept, torch.arange(num_rows, device=kept.device))
+    position, value = order // index_NK.shape[1], value_NK.flatten()[order]
+    return F.embedding_bag(position, grad_ND, starts_C, mode="sum", per_sample_weights=value)
+
+
+def _value_gradient(grad_ND, index_NK, weight_CD):
+    """[N, K]: the dot product of each kept row with its position's gradient."""
+    grad_NK = torch.empty_like(index_NK, dtype=weight_CD.dtype, memory_format=torch.contiguous_format)
+    # A CPU is faster if the gathered rows stay in its cache (4 MiB in fp32), a GPU if it has few kernels to launch.
+    per_row = index_NK.shape[1] * weight_CD.shape[1] * (16 if weight_CD.device.type == "cpu" else 1)
+    for rows in row_chunks(len(index_NK), per_row):
+        gathered_NKD = F.embedding(index_NK[rows], weight_CD)
+        grad_NK[rows] = torch.bmm(grad_ND[rows].unsqueeze(1), gathered_NKD.mT).squeeze(1)
+    return grad_NK
+
+
 class Compress(nn.Module):
     """Linear(C, D) on a vector with K non-zeros, as a weighted sum of K rows instead of a dense [C × D] product.
 
@@ -71,9 +122,7 @@ class Compress(nn.Module):
         self.bias = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, value_BTK, index_BTK):
-        index, value = index_BTK.flatten(0, 1), value_BTK.flatten(0, 1)
-        rows = F.embedding_bag(index, self.weight, mode="sum", per_sample_weights=value)
-        return rows.unflatten(0, index_BTK.shape[:2]) + self.bias
+        return weighted_rows(self.weight, index_BTK, value_BTK) + self.bias
 
 
 class HiddenPredictor(nn.Module):

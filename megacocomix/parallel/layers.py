@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megacocomix.model.concept import weighted_rows
 from megacocomix.model.gpt2 import queries_keys_values
 
 
@@ -204,7 +205,4 @@ class RowParallelCompress(ShardedLayer):
     """model.concept.Compress split by concepts. Each rank sums its own rows, then the sums of all ranks are added."""
 
     def forward(self, value_BTK, row_BTK):
-        rows = F.embedding_bag(
-            row_BTK.flatten(0, 1), self.weight, mode="sum", per_sample_weights=value_BTK.flatten(0, 1)
-        )
-        return self.group.reduce_output(rows.unflatten(0, row_BTK.shape[:2])) + self.bias
+        return self.group.reduce_output(weighted_rows(self.weight, row_BTK, value_BTK)) + self.bias

@@ -16,6 +16,7 @@ from accelerate import cpu_offload, disk_offload
 from external_checkpoints import huggingface_model
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import StaticCache, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging as hf_logging
@@ -171,21 +172,33 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **kwargs or {})
-        self.numbers = max(self.numbers, made.numel() if torch.is_tensor(made) else 0)
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(made) if torch.is_tensor(x))])
         return made
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_gradients_concepts_are_mixed_a_few_tokens_at_a_time_to_the_same_bits(dtype, monkeypatch):
-    kept, width = 5, 48
-    monkeypatch.setattr(modeling_cocomix, "MAX_GATHERED", 7 * kept * width)
-    layer = modeling_cocomix.CocomixCompress(16, width, dtype=dtype)
-    values, indices = torch.randn(2, 11, 16).to(dtype).topk(kept)  # 22 rows: the last chunk is one row
-    with Largest() as whole:
-        expected = layer(values, indices)
-    with torch.no_grad(), Largest() as chunked:
-        assert torch.equal(layer(values, indices), expected)
-    assert (chunked.numbers, whole.numbers) == (7 * kept * width, 22 * kept * width)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-6), (torch.bfloat16, 0.005)])
+@pytest.mark.parametrize("num_concepts", [16, 500])  # more concepts: so few tokens that they read the columns in place
+def test_concepts_are_mixed_as_by_a_dense_product_in_little_memory(dtype, most, num_concepts, monkeypatch):
+    kept, width, most_gathered = 5, 48, 7 * 5 * 48
+    monkeypatch.setattr(modeling_cocomix, "MAX_GATHERED", most_gathered)
+    layer = modeling_cocomix.CocomixCompress(num_concepts, width, dtype=dtype)
+    values, indices = torch.randn(2, 11, num_concepts).to(dtype).topk(kept)  # 22 tokens: the last chunk is one
+    values.requires_grad_()
+    grad = torch.randn(2, 11, width).to(dtype)
+    with Largest() as made:
+        found = layer(values, indices)
+        gradients = torch.autograd.grad(found, (layer.weight, values), grad)
+    assert made.numbers == max(most_gathered, num_concepts * width)  # the columns of all tokens: 22 · 5 · 48
+
+    weight, kept_values = (x.detach().double().requires_grad_() for x in (layer.weight, values))
+    dense = torch.zeros(2, 11, num_concepts, dtype=torch.double).scatter(-1, indices, kept_values)
+    expected = torch.nn.functional.linear(dense, weight, layer.bias.double())
+    for actual, right in zip(
+        (found, *gradients), (expected, *torch.autograd.grad(expected, (weight, kept_values), grad)), strict=True
+    ):
+        assert error(actual.double(), right) < most
+    with torch.no_grad():
+        assert torch.equal(layer(values, indices), found)
 
 
 # ---- gradient checkpointing
