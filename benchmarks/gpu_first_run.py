@@ -682,9 +682,10 @@ def compare(ours: Path, theirs: Path, bounds: dict[str, float]) -> tuple[bool, s
     one, other = (read_metrics(folder / "metrics.jsonl")["loss"] for folder in (ours, theirs))
     if one.keys() != other.keys():
         return False, f"{len(one)} steps against {len(other)}", "the same steps"
+    distances = {key: [abs(one[at][key] - other[at][key]) / abs(other[at][key]) for at in other] for key in bounds}
     unlike = {
-        key: max(abs(one[step][key] - other[step][key]) / abs(other[step][key]) for step in other) for key in bounds
-    }
+        key: max(values, key=lambda value: (value != value, value)) for key, values in distances.items()
+    }  # or NaN
     is_right = all(unlike[key] <= bound for key, bound in bounds.items())  # false for NaN
     show = lambda values, form: ", ".join(
         f"{key.removesuffix('_loss')} {value:{form}}" for key, value in values.items()

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_first_run: its CPU form passes, and what it concludes from traces, runs, logs and warnings is right."""
+"""benchmarks/gpu_first_run: its CPU form passes; what it concludes from traces, runs, logs and warnings is right."""
 
 import importlib.util
 import json
