@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import tiny
+from megacocomix.config.load import load_config
+from megacocomix.config.rules import check_config
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +36,15 @@ def launch(number, at, kernel_at, duration, stream, tid=1, takes=5):
 
 
 def trace(first, teacher_stream=20):
-    """The teacher's kernels run in [100, 200) and, launched by the thread of backward passes, in [300, 340); two of the
-    student's cover [150, 320) together."""
+    """The teacher's kernels run in [100, 200), two at once in a part of it, and, launched by the thread of backward
+    passes, in [300, 340). Two of the student's cover [150, 320) together."""
     return [
         {"ph": "M", "name": "process_name", "args": {"name": "python"}},
         event("user_annotation", first.TEACHER, 10, 30),
         event("gpu_user_annotation", first.TEACHER, 100, 240),
         *launch(1, 12, 100, 100, teacher_stream),
         *launch(2, 30, 300, 40, teacher_stream, tid=99),
+        *launch(5, 33, 120, 40, teacher_stream),
         *launch(3, 50, 150, 100, 7),
         *launch(4, 60, 200, 120, 7, takes=150),
         event("cuda_runtime", "cudaStreamSynchronize", 400, 25),
@@ -54,7 +57,7 @@ def test_overlap_is_the_share_of_the_teachers_kernel_time_in_which_a_kernel_of_t
     assert (kernels.teacher, kernels.overlapped) == (140, 50 + 20)
     assert kernels.share == 0.5
     assert (kernels.teacher_streams, kernels.student_streams) == ({20}, {7})
-    assert (kernels.teacher_launches, kernels.student_launches) == (2, 2)
+    assert (kernels.teacher_launches, kernels.student_launches) == (3, 2)
     assert (kernels.waiting, kernels.queueing) == (25, 150)
 
 
@@ -75,6 +78,36 @@ def test_a_teacher_on_the_students_stream_fails(first, tmp_path, stream, outcome
     found = {name: timed for name in ("no teacher", "cached labels", "live labels")} | {"trace": {"steps": 1}}
     first.teacher_rows("69m", found, first.analyse(trace(first, stream)), report)
     assert report.rows()[-1].outcome == outcome
+
+
+def test_every_row_of_a_gpu_is_written_and_a_run_that_does_not_fit_is_no_failure(first, tmp_path):
+    report, machine = first.Report(tmp_path), first.Machine(tmp_path, has_gpu=True, world=8)
+    (name, recipe), *_ = first.recipes(machine).items()
+    names = [case.name.removeprefix(f"{name}: ") for case in first.timed_cases(machine, name, recipe, tmp_path)]
+    timed = {"seconds": 0.1, "tokens": 100.0, "peak": 3.0, "estimate": 2.0, "teacher_share": 0.5, "timer": True}
+    found = dict.fromkeys(names, timed) | {"double micro-batch": {"failure": "torch.OutOfMemoryError: CUDA"}}
+    found["trace"] = timed | {"steps": 2, "micro_batches": 2, "synchronisations": {"zero.py:1": 3}}
+    kernels = first.analyse(trace(first))
+    first.teacher_rows(name, found, kernels, report)
+    first.change_rows(name, found, report)
+    first.host_rows(name, found["trace"], kernels, report)
+    rows = {row.name.removeprefix(f"{name}: "): row for row in report.rows()}
+    assert [key for key, row in rows.items() if row.outcome not in ("figure", "PASS")] == ["double micro-batch"]
+    assert rows["double micro-batch"].outcome == "n/a"
+    assert "1.50× the estimate" in rows["peak memory without a teacher"].value
+    assert "3 a step: 3 at zero.py:1" in rows["synchronisations"].value
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_the_runs_of_a_gpu_machine_have_valid_configs(first, tmp_path, root, monkeypatch, world):
+    monkeypatch.chdir(root)
+    machine = first.Machine(tmp_path, has_gpu=True, world=world)
+    cases = list(first.parity_cases(machine))
+    for name, recipe in first.recipes(machine).items():
+        cases += first.timed_cases(machine, name, recipe, tmp_path)
+    for case in cases:
+        check_config(load_config(case.recipe, case.overrides), world)
+    assert ("bf16, tensor 2 × pipeline 2" in {case.name for case in cases}) is (world >= 4)
 
 
 def write_run(folder, factor=1.0, steps=3, key="grad_norm"):
