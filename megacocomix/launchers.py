@@ -73,10 +73,15 @@ def set_ranks() -> Place:
     if place.local_size:
         os.environ["LOCAL_WORLD_SIZE"] = str(place.local_size)
     # Otherwise torch would use every core in each process.
-    share = (os.cpu_count() or 1) // (place.local_size or 1)
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else share
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(share, allowed))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores_of_process()))
     return place
+
+
+def cores_of_process() -> int:
+    """This process's share of the host's cores, of those that it may use. Call it after set_ranks."""
+    share = (os.cpu_count() or 1) // (_number("LOCAL_WORLD_SIZE") or 1)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else share
+    return max(1, min(share, allowed))
 
 
 def set_address(place: Place) -> None:

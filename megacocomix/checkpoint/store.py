@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megacocomix.checkpoint.format import read_checkpoint_manifest
 from megacocomix.checkpoint.tensors import SafetensorFiles
 from megacocomix.errors import UserError
-from megacocomix.parallel.tensor import shard, shard_dim, unshard
+from megacocomix.parallel.tensor import shard_dim, shard_of, unshard
 from megacocomix.parallel.zero import STATES, Engine, Slice
 
 
@@ -63,15 +63,29 @@ def load_checkpoint(stored: StoredTensors, engine: Engine) -> TrainingState:
 
     The low-precision weights are not changed: the engine must have been built from the stored weights.
     """
-    grid = engine.grid
     for state in STATES:
         for each in engine.local_slices(state):
             if len(each.values):
-                whole = stored.read(_key(state, each.name))
-                values = shard(each.name, whole, grid.tensor, grid.tensor_rank).view(-1)
-                each.values.copy_(values[each.start : each.start + len(each.values)])
+                each.values.copy_(_read_slice(stored, _key(state, each.name), each, engine))
     engine.set_step(stored.state.step)
     return stored.state
+
+
+def _read_slice(stored: StoredTensors, key: str, own: Slice, engine: Engine) -> torch.Tensor:
+    """The stored values of a slice. Of the stored tensor only the rows that cover it are read, and of these only the
+    tensor rank's columns. What the shard holds beyond the stored tensor is 0."""
+    row_size = own.shard_shape[1:].numel()
+    first, last = own.start // row_size, -(-(own.start + len(own.values)) // row_size)
+    bounds = [(first, last), *((0, size) for size in own.shard_shape[1:])]
+    if (dim := shard_dim(own.name)) is not None:
+        grid, whole = engine.grid, engine.stages.whole_shapes[own.name]
+        extent = shard_of(own.name, whole, grid.tensor, grid.tensor_rank)
+        bounds[dim] = tuple(min(extent.start + bound, extent.stop) for bound in bounds[dim])
+    rows = torch.zeros(last - first, *own.shard_shape[1:])
+    part = stored.read_part(key, bounds)
+    rows[tuple(map(slice, part.shape))] = part
+    skipped = own.start - first * row_size
+    return rows.view(-1)[skipped : skipped + len(own.values)]
 
 
 def _key(state: str, name: str) -> str:
@@ -92,16 +106,16 @@ def gather_own_part(engine: Engine) -> tuple[dict, dict]:
             load[owner] += each.shard_shape.numel()
             whole = gather(each, engine)
             if owner == me:
-                (weights if state == "weight" else moments)[_key(state, each.name)] = whole.cpu().clone()
+                (weights if state == "weight" else moments)[_key(state, each.name)] = whole.to("cpu", copy=True)
     return weights, moments
 
 
 def gather(own: Slice, engine: Engine) -> torch.Tensor:
-    """One parameter unsharded, on every rank of its stage: gathered first over the data ranks, then over the tensor
-    ranks."""
+    """One parameter unsharded, on the device of every rank of its stage: gathered first over the data ranks, then over
+    the tensor ranks. Offloaded values are copied to the device first, because only there the ranks exchange tensors."""
     grid, values = engine.grid, own.values
     if not own.is_replicated:
-        values = torch.zeros(own.shard_shape.numel(), device=own.values.device)
+        values = torch.zeros(own.shard_shape.numel(), device=grid.device)
         values[own.start : own.start + len(own.values)] = own.values
         dist.all_reduce(values, group=grid.data_group)
     shards = [values.view(own.shard_shape)]

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -63,6 +63,10 @@ class SafetensorFiles:
     def read(self, name: str) -> Tensor:
         """A whole tensor in its stored dtype."""
         return self._where[name][1].get_tensor(self._stored_names[name])
+
+    def read_part(self, name: str, bounds: Sequence[tuple[int, int]]) -> Tensor:
+        """The part of a tensor within (start, stop) of each dim. Nothing else of the file is read."""
+        return self._where[name][1].get_slice(self._stored_names[name])[tuple(slice(*bound) for bound in bounds)]
 
 
 def sharded_files(folder: Path) -> list[Path]:

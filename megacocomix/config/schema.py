@@ -117,6 +117,9 @@ class TrainingConfig(Section):
     initialised at random. null means that all weights are."""
     seed: NonNegative = 22
     """Seed of weights, sample order and dropout."""
+    deterministic: bool = False
+    """Use only deterministic kernels on a GPU, which are slower: a resumed run then equals an uninterrupted one to the
+    bit. A CPU's are deterministic anyway. It may change between two starts."""
 
 
 class ParallelConfig(Section):

@@ -17,6 +17,7 @@ Faults of DeepSpeed in our use, and where they are corrected:
 - It does not support a tied weight on two stages: `Engine._sum_shared_gradients`, `_FlatShards.before_reduction`.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -29,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megacocomix.config.schema import Config
+from megacocomix.launchers import cores_of_process
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.stage import TIED, StageModule
 from megacocomix.parallel.tensor import shard_dim
@@ -88,6 +90,8 @@ def deepspeed_config(config: Config, device: torch.device) -> dict:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
+        # It would wait for the whole device at every micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         **precision,
     }
 
@@ -104,9 +108,9 @@ class Engine:
         grid: Grid,
         on_gradients: Callable[[], None] = lambda: None,
     ):
-        """`whole_value(name)` gives the initial weights, fp32 on the CPU. `build_optimizer` takes (name, number of
-        dims, parameter) triples. `on_gradients` is called in each step after the gradients are summed and before they
-        are clipped. All ranks must construct it together."""
+        """`whole_value(name)` gives the initial weights, fp32 on the CPU. It is called on the first data rank only.
+        `build_optimizer` takes (name, number of dims, parameter) triples. `on_gradients` is called in each step after
+        the gradients are summed and before they are clipped. All ranks must construct it together."""
         if deepspeed.__version__ not in TESTED and grid.runtime.is_main:
             logging.getLogger(__name__).warning(
                 "deepspeed %s is not among the tested versions %s: its internals may have changed",
@@ -120,6 +124,8 @@ class Engine:
         self.sums_over_tensor = grid.tensor > 1 and config.parallel.sequence
         self.offload = config.parallel.offload_optimizer
         options = deepspeed_config(config, grid.device)
+        if grid.data_rank:  # DeepSpeed sends these ranks the weights of the first one, under every ZeRO stage
+            whole_value = lambda name: torch.empty(stages.whole_shapes[name])
         stages.set_parameters(whole_value, _placer(options, config, grid))
         named = [(name, len(stages.whole_shapes[name]), parameter) for name, parameter, _ in stages.named_shards()]
         self._engine, self.optimizer, *_ = deepspeed.initialize(
@@ -193,7 +199,8 @@ class Engine:
             if self._norm > self.clip:
                 for each in self.gradients():
                     each.values.mul_(self.clip / (self._norm + 1e-6))
-        self._update(lr_kwargs)
+        with _all_cores() if self.offload else contextlib.nullcontext():
+            self._update(lr_kwargs)
 
     def _counts(self, gradient: Slice) -> bool:
         """Whether this rank's slice counts in the norm. A slice that several ranks hold is counted once."""
@@ -204,9 +211,10 @@ class Engine:
     def _sum_shared_gradients(self) -> None:
         if self.sums_over_tensor:  # each rank's gradient is of its own positions only
             replicated = [each.values for each in self.gradients() if shard_dim(each.name) is None]
-            _sum_all(replicated, self.grid.tensor_group)
+            _sum_all(replicated, self.grid.tensor_group, self.grid.device)
         if self.grid.pipeline > 1 and self._partition.sums_tied_after_reduction:
-            _sum_all([each.values for each in self.gradients() if each.name == TIED], self.grid.tied_group)
+            tied = [each.values for each in self.gradients() if each.name == TIED]
+            _sum_all(tied, self.grid.tied_group, self.grid.device)
 
     def _slices(self, values_of: Callable[[nn.Parameter], tuple[int, Tensor]], is_replicated: bool) -> Iterator[Slice]:
         for name, parameter, is_copy in self.stages.named_shards():
@@ -414,11 +422,25 @@ def _placer(options: dict, config: Config, grid: Grid) -> Callable[[Tensor], nn.
     return place
 
 
-def _sum_all(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum tensors over a group, in place, in one collective. Ranks outside the group have no tensors."""
+def _sum_all(tensors: list[Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
+    """Sum tensors over a group, in place, in one collective. Ranks outside the group have no tensors. Offloaded
+    gradients are on the host, so they are summed on the device."""
     if not tensors:
         return
-    flat = torch.cat(tensors)
+    flat = torch.cat(tensors).to(device)
     dist.all_reduce(flat, group=group)
     for tensor, total in zip(tensors, flat.split([len(tensor) for tensor in tensors]), strict=True):
         tensor.copy_(total)
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """For the update of offloaded states: torch uses this process's share of the cores, where torchrun has set a single
+    thread. The update is element by element, so its result does not depend on the number of threads."""
+    before = torch.get_num_threads()
+    if before == 1:  # another number was chosen
+        torch.set_num_threads(cores_of_process())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

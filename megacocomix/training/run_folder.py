@@ -21,8 +21,9 @@ from megacocomix.errors import UserError
 from megacocomix.files import write_json, write_text
 
 LOCK = ".lock"
-# Options that may change between two starts of one run: none of them changes the weights of any step.
-FREE = {"run", "parallel", "checkpoint", "evaluation", "logging", "training.stop_after", "training.micro_batch"}
+# Options that may change between two starts of one run: none of them changes the weights of any step, but by rounding.
+FREE = {"run", "parallel", "checkpoint", "evaluation", "logging"}
+FREE |= {"training.stop_after", "training.micro_batch", "training.deterministic"}
 
 
 def check_run_folder(config: Config) -> Path:

@@ -16,6 +16,7 @@ from megacocomix.checkpoint.format import latest_checkpoint, list_checkpoints, r
 from megacocomix.checkpoint.init_from import describe_init, first_value
 from megacocomix.checkpoint.store import StoredTensors, TrainingState, load_checkpoint
 from megacocomix.checkpoint.writer import CheckpointWriter
+from megacocomix.config.cost import cheaper_layout
 from megacocomix.config.load import dump_config
 from megacocomix.config.rules import check_config, layout_warnings
 from megacocomix.config.schema import Config
@@ -32,6 +33,7 @@ from megacocomix.parallel.zero import Engine
 from megacocomix.signals import StopSignal
 from megacocomix.teacher.targets import describe_targets
 from megacocomix.training.batches import StepBatches
+from megacocomix.training.determinism import set_determinism
 from megacocomix.training.inputs import Inputs, open_inputs, verify_data
 from megacocomix.training.metrics import MetricsLog, device_peak, is_validated, peak_memory_gib
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -51,6 +53,7 @@ def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, tr
     all ranks at once."""
     with errors_on_all_ranks():
         check_config(config, runtime.world)
+        set_determinism(config.training.deterministic, runtime.device)
         run = check_run_folder(config)
         if config.method.has_teacher and runtime.is_main:  # the other ranks wait for the download
             local_folder(config.teacher.model, download=True)
@@ -375,6 +378,8 @@ class Trainer:
             self._print(describe_targets(config, targets, self.student_flops, self.inputs.train.num_windows))
         for warning in layout_warnings(config, self.runtime.world):
             self._print(f"warning: {warning}")
+        if advice := self._cheaper_layout():
+            self._print(f"advice: {advice}")
         if self.inputs.init and not state.step:
             self._print(describe_init(config, self.inputs.init))
         if state.step:
@@ -382,8 +387,24 @@ class Trainer:
                 f"{'finished already' if state.step >= self.last_step else 'resuming'}: {state.step} steps are saved"
             )
 
+    def _cheaper_layout(self) -> str | None:
+        """Advice for the rank with the most parameters and the one with the least memory. None on a CPU, whose memory
+        all processes of a host share."""
+        if (device_bytes := _device_bytes(self.runtime.device)) is None:
+            return None
+        parameters = sum(getattr(p, "ds_shape", p.shape).numel() for _, p, _ in self.stages.named_shards())
+        largest = torch.tensor([parameters, -device_bytes], device=self.runtime.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        parameters, minus_bytes = largest.tolist()
+        return cheaper_layout(self.config, self.runtime.world, parameters, -minus_bytes)
+
     def _print(self, line: str) -> None:
         """On rank 0's console, above the progress bar, and in every rank's log file."""
         log.info(line)
         if self.metrics:
             self.metrics.print(line)
+
+
+def _device_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None

@@ -1,0 +1,100 @@
+"""On resume a rank reads what it keeps: its tensor shard, and of that the rows of its data rank."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tiny
+from jobs import train_all
+from megacocomix.checkpoint.store import _read_slice
+from megacocomix.checkpoint.tensors import SafetensorFiles
+from megacocomix.parallel.tensor import shard, shard_dim
+from megacocomix.parallel.zero import Slice
+from processes import run_processes
+
+EMBEDDING, COLUMNS, ROWS, REPLICATED = (
+    "embed.tokens.weight",  # split along dim 0, and padded
+    "blocks.0.attention.qkv.weight",  # split along dim 0
+    "blocks.0.mlp.down.weight",  # split along dim 1
+    "blocks.0.norm_1.weight",
+)
+
+
+def read(file, name, whole_shape, tensor, tensor_rank, start, stop):
+    """A rank's elements [start, stop) of its tensor shard, as load_checkpoint reads them."""
+    shard_shape = shard(name, torch.empty(whole_shape), tensor, tensor_rank).shape
+    grid = SimpleNamespace(tensor=tensor, tensor_rank=tensor_rank)
+    engine = SimpleNamespace(grid=grid, stages=SimpleNamespace(whole_shapes={name: torch.Size(whole_shape)}))
+    own = Slice(name, shard_shape, start, torch.empty(stop - start), False, False)
+    return _read_slice(file, name, own, engine)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "shape"), [(EMBEDDING, (97, 6)), (COLUMNS, (36, 5)), (ROWS, (7, 12)), (REPLICATED, (50,))]
+)
+def test_any_elements_of_any_shard_are_those_of_the_whole_tensor(tmp_path, name, shape, tensor):
+    whole = torch.randn(shape)
+    save_file({name: whole}, tmp_path / "x.safetensors")
+    file = SafetensorFiles([tmp_path / "x.safetensors"])
+    for rank in range(tensor):
+        expected = shard(name, whole, tensor, rank).reshape(-1)
+        size = len(expected)
+        for data in (1, 2, 5, 7, size):
+            part = -(-size // data)
+            for start in range(0, size, part):
+                stop = min(start + part, size)
+                assert torch.equal(read(file, name, shape, tensor, rank, start, stop), expected[start:stop])
+
+
+def resume_and_count(config):
+    """Bytes of weights, moments and masters that this rank asks of a checkpoint's files, from its start on."""
+    from megacocomix.checkpoint.tensors import SafetensorFiles
+
+    counted = {"whole weights": 0, "moments": 0, "masters": 0}
+    read, read_part = SafetensorFiles.read, SafetensorFiles.read_part
+
+    def count_whole(self, name):
+        value = read(self, name)
+        if not name.startswith("exp_avg") and "checkpoints" in str(self.file_of(name)):
+            counted["whole weights"] += value.nbytes
+        return value
+
+    def count_part(self, name, bounds):
+        value = read_part(self, name, bounds)
+        counted["moments" if name.startswith("exp_avg") else "masters"] += value.nbytes
+        return value
+
+    SafetensorFiles.read, SafetensorFiles.read_part = count_whole, count_part
+    assert train_all([with_steps(config, steps) for steps in (2, 4)]) == [(0, [])] * 2
+    return counted
+
+
+def with_steps(config, steps):
+    return config.model_copy(update={"training": config.training.model_copy(update={"stop_after": steps})})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 3])
+def test_the_ranks_together_read_a_checkpoint_once_and_only_one_data_rank_reads_weights(folder, zero):
+    config = tiny.config(folder, f"run-{zero}", parallel={"tensor": 2, "zero": zero}, checkpoint={"every": 2})
+    ranks = run_processes(4, resume_and_count, config)
+    checkpoint = folder / f"run-{zero}/checkpoints/step-00000002"
+    stored = {
+        kind: sum(file.stat().st_size for file in checkpoint.glob(f"{kind}-*")) for kind in ("weights", "optimizer")
+    }
+    # Rows that cross the bound between two data ranks, and parameters that are not split, are read by both.
+    assert stored["optimizer"] * 0.9 < sum(rank["moments"] for rank in ranks) < stored["optimizer"] * 1.3
+    assert max(rank["moments"] for rank in ranks) < stored["optimizer"] / 4 * 1.3
+    assert sum(rank["masters"] for rank in ranks) < stored["weights"] * 1.3
+    assert [rank["whole weights"] > 0 for rank in ranks] == [True, True, False, False]
+
+
+def test_of_a_row_layer_only_the_columns_of_the_tensor_rank_are_read(tmp_path):
+    assert shard_dim(ROWS) == 1
+    save_file({ROWS: torch.ones(8, 64)}, tmp_path / "x.safetensors")
+    file = SafetensorFiles([tmp_path / "x.safetensors"])
+    assert file.read_part(ROWS, [(2, 4), (32, 64)]).shape == (2, 32)
+    assert file.read_part(ROWS, [(8, 8), (0, 64)]).numel() == 0
