@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from jobs import train_all
@@ -19,6 +20,8 @@ from megacocomix.parallel.runtime import start_runtime, stop_runtime
 from megacocomix.parallel.stage import TIED, MicroBatch, StageModule
 from megacocomix.parallel.tensor import shard, shard_of
 from megacocomix.parallel.zero import STATES
+from megacocomix.teacher.load import load_teacher_model
+from megacocomix.teacher.model import Teacher, gpt2_teacher
 from processes import run_processes
 
 PADDED = (TIED, "concept.predict.weight", "concept.predict.bias", "concept.compress.weight")
@@ -50,8 +53,11 @@ def train_and_look(configs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_padding_is_zero_after_steps_with_weight_decay_and_is_in_no_checkpoint(tmp_path, tensor):
+@pytest.mark.parametrize(
+    ("tensor", "kinds"),
+    [(1, [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1)]), (2, [("fp32", 3), ("bf16", 1)])],
+)
+def test_padding_is_zero_after_steps_with_weight_decay_and_is_in_no_checkpoint(tmp_path, tensor, kinds):
     tiny.make_inputs(tmp_path)
     configs = [
         tiny.config(
@@ -63,7 +69,7 @@ def test_padding_is_zero_after_steps_with_weight_decay_and_is_in_no_checkpoint(t
             method={"name": "cocomix+kd"},
             checkpoint={"every": STEPS},
         )
-        for precision, zero in (("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 3))
+        for precision, zero in kinds
     ]
     ranks = run_processes(2, train_and_look, configs)
     assert [outcomes for outcomes, _ in ranks] == [[(0, [])] * len(configs)] * 2
@@ -94,7 +100,7 @@ class Recorder(TorchDispatchMode):
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             products = [each for each in (*tensors, result) if each.dim() == 2]
             if any(max(each.shape) >= self.columns for each in products):
-                self.products.append([(tuple(each.shape), each.stride(), each.storage_offset()) for each in products])
+                self.products.append([(*each.shape, *each.stride(), each.storage_offset()) for each in products])
         is_new = torch.is_tensor(result) and all(
             each.untyped_storage()._cdata != result.untyped_storage()._cdata for each in tensors
         )
@@ -128,6 +134,11 @@ def record_step(config, tensor, distills):
     return seen.products, seen.logits
 
 
+def are_aligned(operands):
+    """Sizes, strides and offsets are multiples of 8 elements, which are 16 bytes in bf16."""
+    return all(number % 8 == 0 for numbers in operands for number in numbers if number != 1)
+
+
 def large_vocabulary(tmp_path, tensor, **method):
     """A vocabulary that is larger than every other size, and odd."""
     parallel = {"tensor": tensor, "zero": 1}
@@ -148,10 +159,23 @@ def test_every_product_of_the_heads_is_of_aligned_operands(tmp_path, tensor):
     config = large_vocabulary(tmp_path, tensor, name="cocomix+kd")
     for products, _ in run_processes(tensor, record_step, config, tensor, True):
         assert len(products) == 5  # logits and both of their gradients; the teacher's logits twice
-        for operands in products:
-            assert all(
-                size % 8 == 0 for shape, stride, offset in operands for size in (*shape, *stride, offset) if size > 1
-            )
+        assert all(map(are_aligned, products)), products
+
+
+@pytest.mark.parametrize("name", ["ours", "llama"])
+def test_a_teachers_head_gives_logits_and_their_gradient_by_aligned_products(name, tmp_path):
+    if name == "ours":
+        model = gpt2_teacher(tiny.loaded(vocab_size=1001, name="ntp").model.bfloat16())
+    else:
+        sizes = {"vocab_size": 1001, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+        lm = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48, max_position_embeddings=16))
+        lm.save_pretrained(tmp_path)
+        model = load_teacher_model(tmp_path, dtype=torch.bfloat16)
+    teacher = Teacher(model, 1)
+    with Recorder(1001) as seen:
+        teacher.hidden_and_gradient(torch.arange(2 * tiny.CONTEXT).view(2, -1))
+    assert len(seen.products) == 2
+    assert all(map(are_aligned, seen.products)), seen.products
 
 
 def test_a_preset_with_a_vocabulary_of_gpt2_stores_47_more_rows_and_no_more_concepts(root):
