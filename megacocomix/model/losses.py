@@ -10,38 +10,47 @@ from collections.abc import Callable, Iterator
 import torch
 
 MASKED = -1  # the label of a row that has none
+ALIGNMENT = 64  # a GPU's matrix units need operands whose rows are a multiple of 16 bytes, and prefer 128
 CHUNK_ELEMENTS = 1 << 24  # limits the softmax's fp32 scratch to 64 MiB for logits of any size and dtype
 
 
+def aligned(num_rows: int) -> int:
+    """The number of rows that a head's weight has in memory: the next multiple of ALIGNMENT."""
+    return -(-num_rows // ALIGNMENT) * ALIGNMENT
+
+
 def label_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, first_class: int = 0, combine: Callable | None = None
+    logits: torch.Tensor, labels: torch.Tensor, classes: range | None = None, combine: Callable | None = None
 ) -> torch.Tensor:
     """Sum over rows of logsumexp(z) − mean over labels of z[label]. Rows with MASKED labels add 0.
 
     logits […, V] have any float dtype. labels are int64 […, K]; a row's labels are either all MASKED or all in [0, V).
     Returns an fp32 scalar. The fp32 softmax exists for one chunk of rows at a time. The gradient has the logits' dtype.
 
-    If the classes are sharded, logits belong to one shard, which begins at `first_class`. `combine(log_sum_N,
-    chosen_N)` then turns the shard's log-sum-exps and its part of the labels' mean logits into those of all classes.
+    The first columns of the logits are of `classes`. Columns after them are padding: they have no part in the loss, and
+    their gradient is 0. If the classes are sharded, `combine(log_sum_N, chosen_N)` turns this shard's log-sum-exps and
+    its part of the labels' mean logits into those of all classes.
     """
     assert logits.shape[:-1] == labels.shape[:-1], (logits.shape, labels.shape)
-    return _LabelCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(0, -2), first_class, combine)
+    classes = range(logits.shape[-1]) if classes is None else classes
+    return _LabelCrossEntropy.apply(logits.flatten(0, -2), labels.flatten(0, -2), classes, combine)
 
 
 class _LabelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_NV, labels_NK, first_class, combine):
+    def forward(ctx, logits_NV, labels_NK, classes, combine):
         log_sum_N = torch.empty(logits_NV.shape[0], device=logits_NV.device)
         for rows in row_chunks(*logits_NV.shape):
-            log_sum_N[rows] = logits_NV[rows].float().logsumexp(-1)
-        place_NK = labels_NK - first_class
-        is_here_NK = (place_NK >= 0) & (place_NK < logits_NV.shape[1])
+            log_sum_N[rows] = logits_NV[rows, : len(classes)].float().logsumexp(-1)
+        place_NK = labels_NK - classes.start
+        is_here_NK = (place_NK >= 0) & (place_NK < len(classes))
         place_NK = torch.where(is_here_NK, place_NK, 0)
         chosen_N = torch.where(is_here_NK, logits_NV.gather(1, place_NK).float(), 0.0).mean(-1)
         if combine:
             log_sum_N, chosen_N = combine(log_sum_N, chosen_N)
         is_labelled_N = labels_NK[:, 0] != MASKED
         ctx.save_for_backward(logits_NV, place_NK, is_here_NK, is_labelled_N, log_sum_N)
+        ctx.num_classes = len(classes)
         return torch.where(is_labelled_N, log_sum_N - chosen_N, 0.0).sum()
 
     @staticmethod
@@ -52,6 +61,7 @@ class _LabelCrossEntropy(torch.autograd.Function):
         grad_NV = torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         for rows in row_chunks(*logits_NV.shape):
             softmax = (logits_NV[rows].float() - log_sum_N[rows, None]).exp_()
+            softmax[:, ctx.num_classes :] = 0
             softmax.mul_(scale_N1[rows]).scatter_add_(1, place_NK[rows], share_NK[rows])
             grad_NV[rows] = softmax
         return grad_NV, None, None, None
@@ -64,25 +74,47 @@ def row_chunks(num_rows: int, elements_per_row: int) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, num_rows, rows))
 
 
-def frozen_head_loss(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, targets_N: torch.Tensor
-) -> torch.Tensor:
-    """Sum over rows of −log softmax(hidden · weightᵀ + bias)[target], an fp32 scalar. Rows with a MASKED target add 0.
-    Only `hidden` gets a gradient.
+class FrozenHead:
+    """The head of a frozen model, or a shard of it, which no optimizer holds. `weight` [V or more, D] and `bias` (None
+    if there is none) have `num_tokens` rows of tokens, then rows of zeros up to a multiple of ALIGNMENT."""
+
+    def __init__(self, weight_VD: torch.Tensor, bias_V: torch.Tensor | None):
+        self.num_tokens = len(weight_VD)
+        self.weight, self.bias = (None if each is None else _pad_rows(each) for each in (weight_VD, bias_V))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[…, D] → […, V], a view of what was computed: with the padding."""
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)[..., : self.num_tokens]
+
+    def rows(self, start: int, stop: int) -> "FrozenHead":
+        """The head of tokens [start, stop) of the vocabulary, or of those among them that it has. Copies them."""
+        own = slice(start, min(stop, self.num_tokens))
+        return FrozenHead(self.weight[own], None if self.bias is None else self.bias[own])
+
+
+def _pad_rows(x: torch.Tensor) -> torch.Tensor:
+    missing = aligned(len(x)) - len(x)
+    return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
+
+
+def frozen_head_loss(hidden_ND: torch.Tensor, head: FrozenHead, targets_N: torch.Tensor) -> torch.Tensor:
+    """Sum over rows of −log softmax(logits)[target], an fp32 scalar. Rows with a MASKED target add 0. Only `hidden`
+    gets a gradient.
 
     The head is frozen, so the forward pass already computes each chunk's gradient from its logits. Logits and their
     gradient exist for one chunk of rows at a time, for any N.
     """
-    return _FrozenHeadLoss.apply(hidden_ND, weight_VD, bias_V, targets_N)
+    return _FrozenHeadLoss.apply(hidden_ND, head, targets_N)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N):
+    def forward(ctx, hidden_ND, head, targets_N):
         total = torch.zeros((), device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        for rows in row_chunks(len(hidden_ND), len(weight_VD)):
-            logits = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V)
+        for rows in row_chunks(len(hidden_ND), len(head.weight)):
+            logits = torch.nn.functional.linear(hidden_ND[rows], head.weight, head.bias)
+            logits[:, head.num_tokens :] = -torch.inf  # so that softmax and slope are 0 there
             target_N1, is_target_N1 = targets_N[rows, None].clamp(min=0), (targets_N[rows] != MASKED)[:, None]
             if grad_ND is None:
                 log_p_N1 = logits.log_softmax(-1, dtype=torch.float32).gather(1, target_N1)
@@ -93,7 +125,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 log_p_N1 = p.gather(1, target_N1).clamp(min=torch.finfo(p.dtype).tiny).log()
                 # Subtract the 1 in fp32: near a probability of 1, bf16 would leave only rounding errors.
                 slope = p.scatter_add_(1, target_N1, -torch.ones_like(log_p_N1))
-                grad_ND[rows] = torch.where(is_target_N1, slope.to(weight_VD.dtype) @ weight_VD, 0.0)
+                grad_ND[rows] = torch.where(is_target_N1, slope.to(head.weight.dtype) @ head.weight, 0.0)
             total -= torch.where(is_target_N1, log_p_N1, 0.0).sum()
         ctx.save_for_backward(grad_ND)
         return total
@@ -101,7 +133,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (grad_ND,) = ctx.saved_tensors
-        return grad_ND * grad.to(grad_ND.dtype), None, None, None
+        return grad_ND * grad.to(grad_ND.dtype), None, None
 
 
 def next_token_targets(tokens_BT: torch.Tensor) -> torch.Tensor:

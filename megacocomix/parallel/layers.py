@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megacocomix.model.concept import weighted_rows
 from megacocomix.model.gpt2 import queries_keys_values
+from megacocomix.model.losses import aligned
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Shard:
     """The rows that a tensor rank owns, and how many it stores: owned rows first, then padding.
 
     The number of owned rows differs between ranks by at most one. The number of stored rows is the same on every rank.
-    If `padded` (vocabulary and concepts) it is also a multiple of 8, as matrix units need.
+    If `padded` (vocabulary and concepts) it is also a multiple of losses.ALIGNMENT, on a single rank too.
     """
 
     start: int
@@ -102,9 +103,7 @@ class Shard:
     def of(cls, whole: int, num_ranks: int, rank: int, padded: bool) -> "Shard":
         """The shard of one rank, for `whole` rows in total."""
         stored = -(-whole // num_ranks)
-        if padded:
-            stored = -(-stored // 8) * 8
-        return cls(rank * whole // num_ranks, (rank + 1) * whole // num_ranks, stored)
+        return cls(rank * whole // num_ranks, (rank + 1) * whole // num_ranks, aligned(stored) if padded else stored)
 
     @property
     def owned(self) -> int:
@@ -124,11 +123,10 @@ class ShardedLayer(nn.Module):
 
 
 class ColumnParallelLinear(ShardedLayer):
-    """A linear layer split by outputs: [B, T2, D] → this rank's columns [B, S, owned]."""
+    """A linear layer split by outputs: [B, T2, D] → this rank's columns [B, S, stored]. Those of padding are 0."""
 
     def forward(self, x):
-        y = F.linear(self.group.gather_input(x), self.weight, self.bias)
-        return y if self.shard.owned == self.shard.stored else y[..., : self.shard.owned]
+        return F.linear(self.group.gather_input(x), self.weight, self.bias)
 
 
 class ColumnParallelQKV(ShardedLayer):
@@ -169,6 +167,18 @@ class PositionEmbedding(ShardedLayer):
         return F.embedding(positions_T, self.weight)
 
 
+class PaddedTopK(nn.Module):
+    """model.concept.TopK on one rank: only the first columns of the logits, those of `shard`, are concepts."""
+
+    def __init__(self, num_kept: int, shard: Shard):
+        super().__init__()
+        self.num_kept, self.shard = num_kept, shard
+
+    def forward(self, logits_BTc):
+        index_BTK = logits_BTc.detach()[..., : self.shard.owned].topk(self.num_kept, dim=-1).indices
+        return logits_BTc.gather(-1, index_BTK), index_BTK
+
+
 class GlobalTopK(nn.Module):
     """The exact K largest of all C concept logits, although each rank has only its own logits.
 
@@ -185,11 +195,12 @@ class GlobalTopK(nn.Module):
         self.num_kept, self.group, self.shard = num_kept, group, shard
 
     def forward(self, logits_BTc):
-        """This rank's logits [B, T, owned] → (values, rows of this rank's shard), both [B, T, K]. A concept of another
+        """This rank's logits [B, T, stored] → (values, rows of this rank's shard), both [B, T, K]. A concept of another
         rank has value 0 and row 0."""
         # All ranks must send the same number of candidates, although some ranks may own one concept less.
         num_candidates = min(self.num_kept, self.shard.stored)
-        value_BTK, place_BTK = logits_BTc.detach().topk(min(num_candidates, self.shard.owned), dim=-1)
+        own_BTc = logits_BTc.detach()[..., : self.shard.owned]
+        value_BTK, place_BTK = own_BTc.topk(min(num_candidates, self.shard.owned), dim=-1)
         missing = num_candidates - value_BTK.shape[-1]
         value_BTK = F.pad(value_BTK, (0, missing), value=-torch.inf)
         index_BTK = F.pad(place_BTK + self.shard.start, (0, missing)).int()

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megacocomix.config.schema import Config
-from megacocomix.model.distillation import FrozenHead, hidden_distance, teacher_divergence
+from megacocomix.model.distillation import hidden_distance, teacher_divergence
 from megacocomix.model.flops import block_flops, head_flops, module_flops
 from megacocomix.model.gpt2 import GPT2, assemble
-from megacocomix.model.losses import MASKED, label_cross_entropy
+from megacocomix.model.losses import MASKED, FrozenHead, label_cross_entropy
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.layers import TensorGroup
-from megacocomix.parallel.tensor import parallelize, shard
+from megacocomix.parallel.tensor import parallelize, shard, shard_of, skip_padding
 
 TIED = "embed.tokens.weight"  # the name of the tied weight, for both of its copies
 
@@ -101,8 +101,8 @@ class StageModule(nn.Module):
         blocks = stage_blocks(config)
         self.num_stages = len(blocks)
         self.indices = list(range(grid.pipeline_rank, self.num_stages, grid.pipeline))
-        self.method, self.teacher_head = config.method, teacher_head
-        self.tensor_group = None
+        self.method = config.method
+        self.tensor_group, self.tensor, self.tensor_rank = None, grid.tensor, grid.tensor_rank
         if grid.tensor > 1:
             sequence = config.parallel.sequence
             self.tensor_group = TensorGroup(grid.tensor_group, grid.tensor_rank, grid.tensor, sequence)
@@ -110,6 +110,10 @@ class StageModule(nn.Module):
             whole = assemble(config)
             self.parts = nn.ModuleDict({str(index): self._part(config, blocks[index]) for index in self.indices})
         self.whole_shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
+        self.tokens, self.concepts = self._classes(TIED), self._classes("concept.predict.weight")
+        self.teacher_head = teacher_head
+        if teacher_head and self.tensor_group and self.num_stages - 1 in self.indices:
+            self.teacher_head = teacher_head.rows(self.tokens.start, self.tokens.stop)
         self.data = grid.data
         # All tensor ranks of a stage have the same losses, so only one of them counts.
         self.counts_losses = grid.tensor_rank == 0
@@ -126,16 +130,16 @@ class StageModule(nn.Module):
         y, prediction = part(batch.tokens_BT if x is None else x)
         losses = torch.zeros(NUM_LOSSES, dtype=torch.float64, device=y.device)
         if stage == self.num_stages - 1:
-            loss = self._cross_entropy(y, batch.targets_BT1, part.head) / batch.num_targets
+            loss = self._cross_entropy(y, batch.targets_BT1, self.tokens) / batch.num_targets
             losses[0] = loss.detach()
             if batch.outputs_BTE is not None:
-                divergence = self._divergence(y, batch.outputs_BTE, batch.targets_BT1, part.head) / batch.num_targets
+                divergence = self._divergence(y, batch.outputs_BTE, batch.targets_BT1) / batch.num_targets
                 losses[2] = divergence.detach()
                 loss = loss + self.method.kd_weight * divergence
             y = loss * self.data
         predicted = None
         if prediction is not None and batch.labels_BMk is not None:
-            predicted = self._cross_entropy(prediction, batch.labels_BMk, part.concept.predict) / batch.num_predicted
+            predicted = self._cross_entropy(prediction, batch.labels_BMk, self.concepts) / batch.num_predicted
             losses[1] = predicted.detach()
         elif prediction is not None and batch.hidden_BME is not None:
             predicted = self._local_distance(prediction, batch.hidden_BME) / batch.num_predicted
@@ -156,10 +160,9 @@ class StageModule(nn.Module):
         """Give every parameter its value, one at a time: `whole_value(name)` is reduced to this rank's shard, and
         `place` moves that to its final memory. So a process never holds more than one whole parameter besides its
         shards."""
-        size, rank = (self.tensor_group.size, self.tensor_group.rank) if self.tensor_group else (1, 0)
         placed = {}
         for name, parameter, _ in list(self.named_shards()):
-            placed[parameter] = place(shard(name, whole_value(name), size, rank))
+            placed[parameter] = place(shard(name, whole_value(name), self.tensor, self.tensor_rank))
         for module in self.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -181,20 +184,26 @@ class StageModule(nn.Module):
             part.concept = None
         if self.tensor_group:
             parallelize(part, self.tensor_group)
+        else:
+            skip_padding(part)
         recompute_blocks(part, config.training.recompute)
         return part
 
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, layer: nn.Module) -> Tensor:
-        if self.tensor_group is None:
-            return label_cross_entropy(logits, labels)
-        return label_cross_entropy(logits, labels, layer.shard.start, self.tensor_group.combine_losses)
+    def _classes(self, name: str) -> range | None:
+        """The tokens or concepts whose rows of this weight are on this tensor rank; None if the model has no such
+        weight."""
+        if name not in self.whole_shapes:
+            return None
+        extent = shard_of(name, self.whole_shapes[name], self.tensor, self.tensor_rank)
+        return range(extent.start, extent.stop)
 
-    def _divergence(self, logits: Tensor, outputs: Tensor, targets: Tensor, layer: nn.Module) -> Tensor:
-        counts = targets[..., 0] != MASKED
-        if self.tensor_group is None:
-            return teacher_divergence(logits, outputs, self.teacher_head, counts)
-        head = self.teacher_head.rows(layer.shard.start, layer.shard.stop)
-        return teacher_divergence(logits, outputs, head, counts, self.tensor_group.all_gather)
+    def _cross_entropy(self, logits: Tensor, labels: Tensor, classes: range) -> Tensor:
+        combine = self.tensor_group and self.tensor_group.combine_losses
+        return label_cross_entropy(logits, labels, classes, combine)
+
+    def _divergence(self, logits: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        counts, all_gather = targets[..., 0] != MASKED, self.tensor_group and self.tensor_group.all_gather
+        return teacher_divergence(logits, outputs, self.teacher_head, counts, len(self.tokens), all_gather)
 
     def _local_distance(self, predicted: Tensor, target: Tensor) -> Tensor:
         """The distance over the positions of this tensor rank. Gradients are later summed over the tensor ranks."""

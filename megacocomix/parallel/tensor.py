@@ -1,7 +1,7 @@
 """The sharding plan: the dim along which each parameter is sharded, and the layer that replaces the plain one.
 
 The model's modules do not depend on it. A shard is made from the whole parameter and merged back into it. The padding
-of a shard never leaves the process.
+of a shard never leaves the process. A single tensor rank has one shard, the whole parameter with its padding.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from megacocomix.parallel.layers import (
     ColumnParallelLinear,
     ColumnParallelQKV,
     GlobalTopK,
+    PaddedTopK,
     PositionEmbedding,
     RowParallelCompress,
     RowParallelLinear,
@@ -68,7 +69,7 @@ def shard_of(name: str, whole: torch.Size, size: int, rank: int) -> Shard:
 def shard(name: str, whole: Tensor, size: int, rank: int) -> Tensor:
     """A rank's shard of a whole parameter (or of one of its moments), padded with zeros."""
     dim = shard_dim(name)
-    if size == 1 or dim is None:
+    if dim is None:
         return whole
     extent = shard_of(name, whole.shape, size, rank)
     part = whole.narrow(dim, extent.start, extent.owned)
@@ -84,10 +85,18 @@ def shard(name: str, whole: Tensor, size: int, rank: int) -> Tensor:
 def unshard(name: str, shards: list[Tensor], whole: torch.Size) -> Tensor:
     """The whole parameter from all ranks' shards, without their padding."""
     dim = shard_dim(name)
-    if len(shards) == 1 or dim is None:
+    if dim is None:
         return shards[0]
     owned = [shard_of(name, whole, len(shards), rank).owned for rank in range(len(shards))]
-    return torch.cat([each.narrow(dim, 0, count) for each, count in zip(shards, owned, strict=True)], dim)
+    parts = [each.narrow(dim, 0, count) for each, count in zip(shards, owned, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)  # of one part, cat would make a copy
+
+
+def skip_padding(part: GPT2) -> None:
+    """For a single tensor rank, whose layers stay plain: let no padding be among the concepts that are kept."""
+    if part.concept is not None and part.concept.top_k is not None:
+        extent = Shard.of(len(part.concept.compress.weight), 1, 0, padded=True)
+        part.concept.top_k = PaddedTopK(part.concept.top_k.num_kept, extent)
 
 
 def parallelize(part: GPT2, group: TensorGroup) -> None:

@@ -14,6 +14,7 @@ contribution equals the gradient with respect to h.
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from megacocomix.config.schema import Location
 from megacocomix.errors import UserError
 from megacocomix.model.gpt2 import GPT2
-from megacocomix.model.losses import frozen_head_loss, next_token_targets
+from megacocomix.model.losses import FrozenHead, frozen_head_loss, next_token_targets
 
 ATTENTIONS = ("attention", "attn", "self_attn", "self_attention")
 MLPS = ("mlp", "feed_forward")
@@ -42,6 +43,15 @@ class TeacherModel:
     """The largest number of tokens it can read."""
     sha256: str = ""
     """Hash of its weights files."""
+
+    @cached_property
+    def padded_head(self) -> FrozenHead:
+        """`head`, with its padding. The weight of `head` becomes a view of the padded one. So there is no second copy
+        of a weight that the embedding shares with it."""
+        bias = self.head.bias
+        padded = FrozenHead(self.head.weight.detach(), None if bias is None else bias.detach())
+        self.head.weight.data = padded.weight[: padded.num_tokens]
+        return padded
 
 
 def gpt2_teacher(model: GPT2, sha256: str = "") -> TeacherModel:
@@ -71,6 +81,7 @@ class Teacher:
                 f"the teacher has {len(model.blocks)} blocks; layer {layer} is not one of 0 … {len(model.blocks) - 1}."
             )
         self.model, self.layer, self.location = model, layer, location
+        self.head = model.padded_head
         self.vocab_size, self.width = model.head.weight.shape
         self.context, self.sha256 = model.context, model.sha256
         self._block = model.blocks[layer]
@@ -137,12 +148,12 @@ class Teacher:
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """[B, T] → [B, T, V]."""
-        return self.model.head(self.model.body(tokens_BT))
+        return self.head.logits(self.model.body(tokens_BT))
 
     @torch.no_grad()
     def next_logits(self, tokens_BT: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """[B, T] → logits of the token after each window, [B, V], with h [B, T, D] replaced by `edit(h)`."""
-        return self.model.head(self._run(tokens_BT, edit)[:, -1])
+        return self.head.logits(self._run(tokens_BT, edit)[:, -1])
 
     def _run(self, tokens_BT: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
         """The body's output, with h replaced by `edit(h)` in the forward pass."""
@@ -162,8 +173,8 @@ class Teacher:
 
     def _loss(self, hidden_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
         """Sum over the windows of their mean next-token losses."""
-        head, targets_BT = self.model.head, next_token_targets(tokens_BT).squeeze(-1)
-        total = frozen_head_loss(hidden_BTD.flatten(0, 1), head.weight, head.bias, targets_BT.flatten())
+        targets_BT = next_token_targets(tokens_BT).squeeze(-1)
+        total = frozen_head_loss(hidden_BTD.flatten(0, 1), self.head, targets_BT.flatten())
         return total / max(1, tokens_BT.shape[1] - 1)
 
     @torch.no_grad()

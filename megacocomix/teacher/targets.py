@@ -19,8 +19,8 @@ from megacocomix.errors import UserError
 from megacocomix.files import file_sha256
 from megacocomix.hub import local_folder
 from megacocomix.model.concept import standardize
-from megacocomix.model.distillation import FrozenHead
 from megacocomix.model.flops import attention_flops
+from megacocomix.model.losses import FrozenHead
 from megacocomix.teacher.label_cache import CacheManifest, LabelCache, default_shard_windows
 from megacocomix.teacher.labels import (
     ConceptLabeler,
@@ -198,10 +198,7 @@ class TargetSource:
     @property
     def head(self) -> FrozenHead | None:
         """The teacher's head; None if the student does not learn the teacher's distribution."""
-        if not self.method.distills:
-            return None
-        head = self.teacher.model.head
-        return FrozenHead(head.weight.detach(), None if head.bias is None else head.bias.detach())
+        return self.teacher.head if self.method.distills else None
 
     @property
     def flops(self) -> float:

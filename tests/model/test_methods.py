@@ -10,8 +10,9 @@ import tiny
 from megacocomix.config.method import PRESETS
 from megacocomix.config.schema import ModelConfig
 from megacocomix.model.concept import interleave, predicting_slots
-from megacocomix.model.distillation import FrozenHead, hidden_distance, teacher_divergence
+from megacocomix.model.distillation import hidden_distance, teacher_divergence
 from megacocomix.model.gpt2 import GPT2, initialise
+from megacocomix.model.losses import FrozenHead
 
 SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
 MODULE = {"pre_bias", "predict", "compress"}
@@ -145,7 +146,7 @@ def test_divergence_is_forward_kl_over_the_whole_vocabulary_with_its_gradient(vo
     logits, outputs, head = distributions(vocab_size)
     counts = torch.tensor([True, True, False, True, True, False, True])
     ours = teacher_divergence(logits, outputs, head, counts)
-    teacher = F.linear(outputs, *head).softmax(-1)
+    teacher = head.logits(outputs).softmax(-1)
     student = logits[:, :vocab_size].sub(logits.logsumexp(-1, keepdim=True))
     expected = F.kl_div(student, teacher, reduction="none").sum(-1)[counts].sum()
     torch.testing.assert_close(ours, expected)
@@ -166,16 +167,27 @@ def test_divergence_of_a_sharded_vocabulary_is_that_of_the_whole(split):
 
     shards = [(logits[:, each], outputs, head.rows(each.start, each.stop), counts) for each in ranges]
     for shard in shards:
-        teacher_divergence(*shard, collect)
-    sharded = [teacher_divergence(*shard, lambda _: torch.stack(sums[:2])) for shard in shards]
+        teacher_divergence(*shard, all_gather=collect)
+    sharded = [teacher_divergence(*shard, all_gather=lambda _: torch.stack(sums[:2])) for shard in shards]
     torch.testing.assert_close(sharded, [whole, whole])
     (expected,) = torch.autograd.grad(whole, logits)
     torch.testing.assert_close(sum(torch.autograd.grad(each, logits)[0] for each in sharded), expected)
 
 
+def test_padding_of_the_students_logits_has_no_part_in_the_divergence_and_a_gradient_of_zero():
+    logits, outputs, head = distributions()
+    counts = torch.ones(7, dtype=torch.bool)
+    wide = torch.cat((logits.detach(), torch.full((7, 2), 1e4)), dim=1).requires_grad_()
+    losses = teacher_divergence(logits, outputs, head, counts), teacher_divergence(wide, outputs, head, counts, 13)
+    torch.testing.assert_close(*losses)
+    expected, found = torch.autograd.grad(losses, (logits, wide))
+    torch.testing.assert_close(found[:, :13], expected)
+    assert not found[:, 13:].any()
+
+
 def test_a_student_that_is_its_teacher_has_no_divergence_and_no_gradient():
     _, outputs, head = distributions()
-    logits = F.linear(outputs, *head).requires_grad_()
+    logits = head.logits(outputs).requires_grad_()
     loss = teacher_divergence(logits, outputs, head, torch.ones(7, dtype=torch.bool))
     assert abs(loss.item()) < 1e-5
     assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-6

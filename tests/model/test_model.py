@@ -5,7 +5,7 @@ import tiny
 from megacocomix.config.schema import ModelConfig
 from megacocomix.model.concept import ConceptMixer, interleave, standardize
 from megacocomix.model.gpt2 import GPT2, initial_value, initialise
-from megacocomix.model.losses import MASKED, frozen_head_loss, label_cross_entropy, next_token_targets
+from megacocomix.model.losses import MASKED, FrozenHead, frozen_head_loss, label_cross_entropy, next_token_targets
 
 SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
 
@@ -72,6 +72,30 @@ def test_label_cross_entropy_of_bf16_logits_sums_in_fp32():
     assert label_cross_entropy(logits, labels).item() == pytest.approx(exact.item(), rel=1e-6)
 
 
+def test_padding_of_logits_has_no_part_in_the_loss_and_a_gradient_of_zero():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 11, generator=generator, requires_grad=True)
+    labels = torch.randint(11, (6, 3), generator=generator)
+    wide = torch.cat((logits.detach(), torch.full((6, 2), 1e4)), dim=1).requires_grad_()
+    losses = label_cross_entropy(logits, labels), label_cross_entropy(wide, labels, range(11))
+    torch.testing.assert_close(*losses)
+    expected, found = torch.autograd.grad(losses, (logits, wide))
+    torch.testing.assert_close(found[:, :11], expected)
+    assert not found[:, 11:].any()
+
+
+@pytest.mark.parametrize("num_tokens", [64, 37])
+def test_a_frozen_head_has_zeros_up_to_a_multiple_of_64_rows_which_are_no_tokens(num_tokens):
+    weight, hidden = torch.randn(num_tokens, 16), torch.randn(3, 16)
+    head = FrozenHead(weight, None)
+    assert (head.num_tokens, head.weight.shape) == (num_tokens, (64, 16))
+    assert not head.weight[num_tokens:].any()
+    torch.testing.assert_close(head.logits(hidden), hidden @ weight.T)
+    shard = head.rows(30, 60)
+    torch.testing.assert_close(shard.logits(hidden), hidden @ weight[30:60].T)
+    assert shard.weight.shape == (64, 16)
+
+
 def test_the_last_position_of_a_window_has_no_target():
     targets = next_token_targets(torch.tensor([[5, 6, 7]]))
     assert targets[..., 0].tolist() == [[6, 7, MASKED]]
@@ -108,7 +132,7 @@ def test_a_frozen_heads_loss_and_gradient_are_those_of_its_logits_in_slices_and_
     )
     expected.backward()
     ours = hidden.to(dtype).requires_grad_()
-    loss = frozen_head_loss(ours, weight.to(dtype), bias.to(dtype), targets)
+    loss = frozen_head_loss(ours, FrozenHead(weight.to(dtype), bias.to(dtype)), targets)
     (0.5 * loss).backward()
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import tiny
 from megacocomix.config.method import PRESETS
@@ -59,7 +58,7 @@ def test_only_tokens_with_a_slot_have_labels_whether_live_or_cached(folder, tmp_
 def test_outputs_times_head_are_the_teachers_logits_and_hidden_states_are_standardised(folder):
     source, windows, tokens = targets_of(folder, method={"name": "kd", "predict": "hidden", "mix": "predicted"})
     targets = source(windows, tokens)
-    torch.testing.assert_close(F.linear(targets.outputs_NTE, *source.head), source.teacher.logits(tokens))
+    torch.testing.assert_close(source.head.logits(targets.outputs_NTE), source.teacher.logits(tokens))
     torch.testing.assert_close(targets.hidden_NME, standardize(source.teacher.hidden(tokens))[0])
     assert not any(tensor.requires_grad for tensor in (*targets[1:], source.head.weight))
 

@@ -105,6 +105,19 @@ def test_weights_in_several_files_have_one_hash_that_changes_with_any(saved):
     assert (model.context, len(model.blocks)) == (16, 3)
 
 
+def test_a_tied_weight_is_padded_in_place_of_a_second_copy_and_the_teacher_keeps_its_vocabulary(tmp_path, saved):
+    tiny.make_teacher(tmp_path / "gpt2")
+    models = load_teacher_model(tmp_path / "gpt2"), load_teacher_model(saved["gemma"])
+    bodies = [model.body(TOKENS) for model in models]
+    for model, before in zip(models, bodies, strict=True):
+        teacher = Teacher(model, 1)
+        assert teacher.vocab_size == teacher.logits(TOKENS).shape[-1] == len(model.head.weight) == tiny.VOCAB
+        assert teacher.head.weight.shape == (128, teacher.width) and not teacher.head.weight[tiny.VOCAB :].any()
+        assert model.head.weight.data_ptr() == teacher.head.weight.data_ptr()
+        assert Teacher(model, 0).head is teacher.head
+        assert torch.equal(model.body(TOKENS), before)
+
+
 def test_a_bf16_teacher_computes_in_bf16_and_is_scored_in_fp32(saved):
     teacher = load_teacher(saved["llama"], 1, dtype=torch.bfloat16)
     hidden, gradient = teacher.hidden_and_gradient(TOKENS)
