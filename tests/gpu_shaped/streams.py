@@ -26,11 +26,10 @@ Everything that this patches is global: use one Gpu in a process, which has to b
 import functools
 import sys
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -99,9 +98,9 @@ def callers(limit=3):
 @functools.cache
 def _short(file):
     """deepspeed/runtime/zero/stage3.py; None for other files than the package's and DeepSpeed's."""
-    path = Path(file)
+    path = Path(file).resolve()
     folder = next((folder for folder in FOLDERS if path.is_relative_to(folder)), None)
-    return None if folder is None or file.endswith(HELPERS) else f"{folder.name}/{path.relative_to(folder)}"
+    return None if folder is None or str(path).endswith(HELPERS) else f"{folder.name}/{path.relative_to(folder)}"
 
 
 def is_within(function):
@@ -203,7 +202,7 @@ class Gpu:
         self.faults: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.places_on_device: bool | None = None
-        self.argument_on_device = False
+        self.argument_on_device = False  # of the function that is being run
         self.functions, self.kernels = _Functions(self), _Kernels(self)
 
     def __enter__(self):
@@ -460,31 +459,30 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
-        was_active, self.is_active = self.is_active, False
+        gpu, was_active, was_on_device = self.gpu, self.is_active, self.gpu.argument_on_device
+        self.is_active = False
         try:
             if func in self.replaced and (not args or not isinstance(args[0], Tensor) or not args[0].is_meta):
                 return self.replaced[func](*args, **kwargs)
             device = kwargs.get("device")
             if device is not None and torch.device(device).type != "meta":
-                with self.gpu.placing(_is_cuda(device)):
+                with gpu.placing(_is_cuda(device)):
                     return func(*args, **kwargs | {"device": "cpu"})
-            # A function of torch in Python may make a tensor on the device of its arguments.
-            if isinstance(func, FunctionType):
-                self.gpu.argument_on_device = any(map(self.gpu.is_on_device, _tensors(args)))
+            # Some functions make more tensors on the device of their arguments.
+            gpu.argument_on_device = any(map(gpu.is_on_device, _tensors(args)))
             return func(*args, **kwargs)
         finally:
-            self.is_active, self.gpu.argument_on_device = was_active, False
+            self.is_active, gpu.argument_on_device = was_active, was_on_device
 
-    def run_backward(self, run, *args, **kwargs):
-        """Hooks call functions too, whether or not the one that began the backward pass was translated."""
-        if self.is_active:
-            return run(*args, **kwargs)
-        self.is_active = True
+    def run_backward(self, run, roots, *args, **kwargs):
+        """Hooks call functions too, whether or not the one that began the backward pass is being translated now."""
+        gpu, was_active, was_on_device = self.gpu, self.is_active, self.gpu.argument_on_device
+        self.is_active, gpu.argument_on_device = True, any(map(gpu.is_on_device, roots))
         try:
-            with self:
-                return run(*args, **kwargs)
+            with nullcontext() if was_active else self:
+                return run(roots, *args, **kwargs)
         finally:
-            self.is_active = False
+            self.is_active, gpu.argument_on_device = was_active, was_on_device
 
     def device(self, tensor):
         return torch.device("cuda", 0) if self.gpu.is_on_device(tensor) else tensor.device
@@ -542,6 +540,7 @@ def _patch(gpu):
     cuda.device_count, cuda.current_device, cuda.set_device = lambda: 1, lambda: 0, lambda device: None
     cuda.get_device_name, cuda.get_device_capability = lambda *args: "simulated", lambda *args: (9, 0)
     cuda.empty_cache = cuda.synchronize
+    cuda.is_current_stream_capturing = lambda: False
     cuda.memory_stats = lambda *args: {}
     cuda.mem_get_info = lambda *args: (2**36, 2**36)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
