@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megacocomix.config.method import LabelSign, LabelSource
-from megacocomix.config.schema import Config, Location
+from megacocomix.config.schema import Config, Location, SAEPrecision
 from megacocomix.data.tokenizer import load_tokenizer, tokenizer_mismatches
 from megacocomix.errors import UserError
 from megacocomix.model.flops import attention_flops
@@ -40,6 +40,8 @@ class LabelSettings:
     sae_layer: int
     location: Location
     """The hook point, because the autoencoder's file may not record it."""
+    sae_precision: SAEPrecision = "fp32"
+    """In which the device multiplies by the encoder."""
 
 
 class ConceptLabeler:
@@ -47,6 +49,7 @@ class ConceptLabeler:
 
     def __init__(self, teacher: Teacher, sae: SAE, settings: LabelSettings):
         self.teacher, self.sae, self.settings = teacher, sae.requires_grad_(False), settings
+        sae.tf32 = settings.sae_precision == "tf32"
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T] → int64 [B, T, K_attr] on the same device. A window's labels do not depend on the others."""
@@ -129,10 +132,11 @@ def open_labeler(config: Config, device: torch.device, eot_id: int) -> ConceptLa
     ]
     if problems:
         raise UserError(*problems)
-    return ConceptLabeler(teacher, sae, label_settings(config, teacher.context, eot_id))
+    precision = options.sae_precision if torch.device(device).type == "cuda" else "fp32"
+    return ConceptLabeler(teacher, sae, label_settings(config, teacher.context, eot_id, precision))
 
 
-def label_settings(config: Config, teacher_context: int, eot_id: int) -> LabelSettings:
+def label_settings(config: Config, teacher_context: int, eot_id: int, sae_precision: SAEPrecision) -> LabelSettings:
     """The label settings of a config."""
     method = config.method
     return LabelSettings(
@@ -145,6 +149,7 @@ def label_settings(config: Config, teacher_context: int, eot_id: int) -> LabelSe
         seed=config.training.seed if method.label_source == "random" else None,
         sae_layer=config.teacher.sae_layer,
         location=config.teacher.location,
+        sae_precision=sae_precision,
     )
 
 

@@ -79,7 +79,7 @@ def open_labels(config: Config, device: torch.device, eot_id: int, train: TokenD
         teacher=weights_sha256(local_folder(config.teacher.model)),
         teacher_config=architecture_sha256(local_folder(config.teacher.model)),
         sae=file_sha256(config.teacher.sae),
-        settings=asdict(label_settings(config, found.teacher_context, eot_id)),
+        settings=asdict(label_settings(config, found.teacher_context, eot_id, config.teacher.sae_precision)),
         context=train.context,
         num_windows=train.num_windows,
         num_concepts=config.method.num_concepts,
