@@ -250,7 +250,7 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, self._learning_rate(state.step))
         self.engine.train()
         self.engine.begin_step()
-        losses = self.pipeline.train(self.engine, self.engine.before_backward, batches)
+        losses = self.pipeline.train(self._forward, self.engine.before_backward, batches)
         # The host waits for this copy, and not for the update, which is queued after it.
         losses = losses.to("cpu", non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if self.runtime.device.type == "cuda" else None
@@ -264,6 +264,11 @@ class Trainer:
         if self.metrics:
             self.metrics.advance(state.step)
         return losses, error
+
+    def _forward(self, *inputs):
+        """A forward pass of the student; the teacher's next kernels are queued before it, to run beside it."""
+        self.batches.prefetch()
+        return self.engine(*inputs)
 
     def _poll(self, losses: Tensor | None = None, error: UserError | None = None) -> Poll:
         """Begin to share losses and flags between all ranks, in the only collective of a step besides those of the
