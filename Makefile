@@ -49,6 +49,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/labelling.py --write docs/benchmarks.md
+	$(BIN)/python benchmarks/sae_precision.py --write docs/benchmarks.md
 
 teacher: setup
 	@bash launcher/teacher.sh

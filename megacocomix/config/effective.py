@@ -39,6 +39,7 @@ USED_BY: dict[str, Callable[[MethodConfig], bool]] = {
     "method.match_reference": _has_module,
     "teacher.sae": LABELLED,
     "teacher.labels": LABELLED,
+    "teacher.sae_precision": LABELLED,
     "teacher.sae_layer": lambda method: method.learns_concepts or method.learns_hidden,
     "teacher.location": lambda method: method.learns_concepts or method.learns_hidden,
 }

@@ -12,6 +12,7 @@ from megacocomix.config.method import MethodConfig
 from megacocomix.config.section import Decay, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Section
 
 Location = Literal["resid_post_mlp", "resid_post_attn", "resid_delta_mlp", "resid_delta_attn"]
+SAEPrecision = Literal["fp32", "tf32"]
 
 
 class ModelConfig(Section):
@@ -55,6 +56,9 @@ class TeacherConfig(Section):
     model.context."""
     precision: Literal["bf16", "fp32"] | None = None
     """Precision of the teacher; attribution is always fp32. null means bf16 on a GPU, fp32 on a CPU."""
+    sae_precision: SAEPrecision = "fp32"
+    """Precision in which a GPU multiplies by the autoencoder's encoder; a CPU does it in fp32. tf32 is faster, and
+    changes a few labels (docs/teachers.md)."""
 
 
 class DataConfig(Section):

@@ -13,7 +13,8 @@ Shapes: N rows, D width of the teacher, C latents, K latents kept per row.
 Only the pre-activations are dense in C, and only for a chunk of the rows at a time.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -91,8 +92,9 @@ class SAE(nn.Module):
     The parameters are `pre_bias` [D], `encoder` [C, D], `latent_bias` [C] and `decoder` [C, D], fp32. The decoder has a
     row for each latent (the transpose of OpenAI's `decoder.weight`), because callers gather whole directions.
 
-    `info` is what its file records about its origin; sae/file.py lists the keys. Raises UserError if `form.k` does not
-    fit `num_latents`.
+    `info` is what its file records about its origin; sae/file.py lists the keys. With `tf32` a GPU multiplies by the
+    encoder in TF32: both factors are rounded to 10 bits of mantissa, and sums are fp32. A CPU ignores it. Raises
+    UserError if `form.k` does not fit `num_latents`.
     """
 
     def __init__(self, width: int, num_latents: int, form: SAEForm):
@@ -102,6 +104,7 @@ class SAE(nn.Module):
         self.form = form
         self.info: dict[str, Any] = {}
         self.sha256 = ""
+        self.tf32 = False
         self.pre_bias = nn.Parameter(torch.zeros(width))
         self.encoder = nn.Parameter(torch.zeros(num_latents, width))
         self.latent_bias = nn.Parameter(torch.zeros(num_latents))
@@ -132,7 +135,7 @@ class SAE(nn.Module):
         chunk_rows = max(1, MAX_PRE_ACTIVATIONS // self.num_latents)
         values, indices = [], []
         for normed_ND in normed.reshape(-1, self.width).split(chunk_rows):
-            pre_NC = F.linear(normed_ND - self.pre_bias, self.encoder, self.latent_bias)
+            pre_NC = self._pre_activations(normed_ND - self.pre_bias)
             pre_NC = edit(pre_NC) if edit else pre_NC
             # With relu, every row of a chunk keeps as many latents as the row with the most; the surplus is zeros.
             k = self.form.k or max(1, int((pre_NC > 0).sum(-1).max()))
@@ -143,6 +146,12 @@ class SAE(nn.Module):
         value_NK = torch.cat([F.pad(value, (0, k - value.shape[-1])) for value in values])
         index_NK = torch.cat([F.pad(index, (0, k - index.shape[-1])) for index in indices])
         return index_NK.reshape(*normed.shape[:-1], k), value_NK.reshape(*normed.shape[:-1], k)
+
+    def _pre_activations(self, centred_ND: Tensor) -> Tensor:
+        if not (self.tf32 and centred_ND.is_cuda):
+            return F.linear(centred_ND, self.encoder, self.latent_bias)
+        with _tf32():
+            return F.linear(centred_ND, self.encoder, self.latent_bias)
 
     def decode(self, index: Tensor, value: Tensor) -> Tensor:
         """`index` int64 and `value` [..., any K] -> reconstruction [..., D] in the normalised space."""
@@ -184,3 +193,15 @@ class SAE(nn.Module):
             sae = cls(width, num_latents, form)
         sae.load_state_dict({name: weights[name].float().contiguous() for name in names}, assign=True)
         return sae
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """A GPU multiplies fp32 matrices in TF32. Of torch's two settings this is the one that its kernels read; while they
+    differ, reading the older one is an error."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -165,6 +165,7 @@ def read_manifest(folder: Path) -> CacheManifest:
         found = values.pop("format"), values.pop("version")
         if found == (FORMAT, 1):  # version 1 called a chunk a piece
             found, values["settings"]["chunk"] = (FORMAT, VERSION), values["settings"].pop("piece")
+        values["settings"].setdefault("sae_precision", "fp32")  # earlier versions knew no other
         if found != (FORMAT, VERSION):
             raise UserError(f"{file} is of format {found[0]} version {found[1]}, not {FORMAT} version {VERSION}.")
         manifest = TypeAdapter(CacheManifest).validate_json(json.dumps(values), strict=True)

@@ -1,13 +1,14 @@
 """Concept labels of token windows, from the live teacher: int64 [B, T, K_attr], MASKED at positions without labels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from megacocomix.config.method import LabelSign, LabelSource
-from megacocomix.config.schema import Config, Location
+from megacocomix.config.schema import Config, Location, SAEPrecision
 from megacocomix.data.tokenizer import load_tokenizer, tokenizer_mismatches
 from megacocomix.errors import UserError
 from megacocomix.model.flops import attention_flops
@@ -21,6 +22,11 @@ from megacocomix.teacher.model import Teacher
 # Tokens of one forward pass of the teacher: enough to keep a device busy, and few enough to keep the graph above the
 # hook point small.
 FORWARD_TOKENS = {"cpu": 512, "cuda": 4096}
+
+Result = TypeVar("Result")
+Passes = Generator[None, None, Result]
+"""Work that can be done a forward pass of the teacher at a time: a generator that yields after each, and returns the
+result."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class LabelSettings:
     sae_layer: int
     location: Location
     """The hook point, because the autoencoder's file may not record it."""
+    sae_precision: SAEPrecision = "fp32"
+    """In which the device multiplies by the encoder."""
 
 
 class ConceptLabeler:
@@ -47,10 +55,15 @@ class ConceptLabeler:
 
     def __init__(self, teacher: Teacher, sae: SAE, settings: LabelSettings):
         self.teacher, self.sae, self.settings = teacher, sae.requires_grad_(False), settings
+        sae.tf32 = settings.sae_precision == "tf32"
 
     def __call__(self, tokens_BT: Tensor) -> Tensor:
         """int64 [B, T] → int64 [B, T, K_attr] on the same device. A window's labels do not depend on the others."""
-        labels_BTk = in_chunks(tokens_BT, self.settings.chunk, self._label)
+        return at_once(self.passes(tokens_BT))
+
+    def passes(self, tokens_BT: Tensor) -> Passes[Tensor]:
+        """The same, a forward pass at a time."""
+        labels_BTk = yield from passes_in_chunks(tokens_BT, self.settings.chunk, self._label)
         if self.settings.masked_token is not None:
             labels_BTk[tokens_BT == self.settings.masked_token] = MASKED
         return labels_BTk
@@ -78,14 +91,30 @@ class ConceptLabeler:
         return select_labels(scores, settings.num_labels, settings.mask_unlabelled, settings.sign)
 
 
+def at_once(passes: Passes[Result]) -> Result:
+    """The result of all passes."""
+    while True:
+        try:
+            next(passes)
+        except StopIteration as end:
+            return end.value
+
+
 def in_chunks(tokens_BT: Tensor, chunk: int, read: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply `read`, [G, T or less] → [G, T or less, …], to each `chunk` tokens of the windows separately, a few windows
     at a time. Returns [B, T, …]."""
-    chunks = [_in_groups(chunk_BT, read) for chunk_BT in tokens_BT.split(chunk, dim=1)]
+    return at_once(passes_in_chunks(tokens_BT, chunk, read))
+
+
+def passes_in_chunks(tokens_BT: Tensor, chunk: int, read: Callable[[Tensor], Tensor]) -> Passes[Tensor]:
+    """`in_chunks`, one call of `read` at a time."""
+    chunks = []
+    for chunk_BT in tokens_BT.split(chunk, dim=1):
+        chunks.append((yield from _in_groups(chunk_BT, read)))
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=1)
 
 
-def _in_groups(tokens_BT: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
+def _in_groups(tokens_BT: Tensor, read: Callable[[Tensor], Tensor]) -> Passes[Tensor]:
     group = max(1, FORWARD_TOKENS[tokens_BT.device.type] // tokens_BT.shape[1])
     found = []
     for rows_GT in tokens_BT.split(group):
@@ -93,6 +122,7 @@ def _in_groups(tokens_BT: Tensor, read: Callable[[Tensor], Tensor]) -> Tensor:
         # which can swap two concepts with almost equal scores.
         full_GT = torch.cat([rows_GT, rows_GT[:1].expand(group - len(rows_GT), -1)])
         found.append(read(full_GT)[: len(rows_GT)])
+        yield
     return torch.cat(found)
 
 
@@ -129,10 +159,11 @@ def open_labeler(config: Config, device: torch.device, eot_id: int) -> ConceptLa
     ]
     if problems:
         raise UserError(*problems)
-    return ConceptLabeler(teacher, sae, label_settings(config, teacher.context, eot_id))
+    precision = options.sae_precision if torch.device(device).type == "cuda" else "fp32"
+    return ConceptLabeler(teacher, sae, label_settings(config, teacher.context, eot_id, precision))
 
 
-def label_settings(config: Config, teacher_context: int, eot_id: int) -> LabelSettings:
+def label_settings(config: Config, teacher_context: int, eot_id: int, sae_precision: SAEPrecision) -> LabelSettings:
     """The label settings of a config."""
     method = config.method
     return LabelSettings(
@@ -145,6 +176,7 @@ def label_settings(config: Config, teacher_context: int, eot_id: int) -> LabelSe
         seed=config.training.seed if method.label_source == "random" else None,
         sae_layer=config.teacher.sae_layer,
         location=config.teacher.location,
+        sae_precision=sae_precision,
     )
 
 

@@ -24,11 +24,13 @@ from megacocomix.model.losses import FrozenHead
 from megacocomix.teacher.label_cache import CacheManifest, LabelCache, default_shard_windows
 from megacocomix.teacher.labels import (
     ConceptLabeler,
+    Passes,
+    at_once,
     context_mismatches,
-    in_chunks,
     label_settings,
     open_labeler,
     open_teacher,
+    passes_in_chunks,
 )
 from megacocomix.teacher.model import Teacher
 
@@ -51,12 +53,17 @@ class ConceptLabels:
 
     def __call__(self, windows: Sequence[int], tokens_NT: Tensor) -> Tensor:
         """Labels of these windows of the data, int64 [N, T, K_attr], on the device of their tokens, int64 [N, T]."""
+        return at_once(self.passes(windows, tokens_NT))
+
+    def passes(self, windows: Sequence[int], tokens_NT: Tensor) -> Passes[Tensor]:
+        """The same, a forward pass of the teacher at a time."""
         if not self.cache:
-            return self.labeler(tokens_NT)
+            return (yield from self.labeler.passes(tokens_NT))
         found = [self.cache.read(window) for window in windows]
         missing = [row for row, labels in enumerate(found) if labels is None]
         if missing:
-            for row, labels_Tk in zip(missing, self.labeler(tokens_NT[missing]).cpu(), strict=True):
+            labels_NTk = yield from self.labeler.passes(tokens_NT[missing])
+            for row, labels_Tk in zip(missing, labels_NTk.cpu(), strict=True):
                 found[row] = labels_Tk
         return torch.stack([torch.as_tensor(labels) for labels in found]).to(tokens_NT.device)
 
@@ -79,7 +86,7 @@ def open_labels(config: Config, device: torch.device, eot_id: int, train: TokenD
         teacher=weights_sha256(local_folder(config.teacher.model)),
         teacher_config=architecture_sha256(local_folder(config.teacher.model)),
         sae=file_sha256(config.teacher.sae),
-        settings=asdict(label_settings(config, found.teacher_context, eot_id)),
+        settings=asdict(label_settings(config, found.teacher_context, eot_id, config.teacher.sae_precision)),
         context=train.context,
         num_windows=train.num_windows,
         num_concepts=config.method.num_concepts,
@@ -165,14 +172,19 @@ class TargetSource:
 
     def __call__(self, windows: Sequence[int], tokens_NT: Tensor) -> TeacherTargets:
         """The targets of these windows of the data, whose tokens are int64 [N, T], on their device."""
+        return at_once(self.passes(windows, tokens_NT))
+
+    def passes(self, windows: Sequence[int], tokens_NT: Tensor) -> Passes[TeacherTargets]:
+        """The same, a forward pass of the teacher at a time."""
         every = self._every
-        labels = self.labels(windows, tokens_NT)[:, every - 1 :: every] if self.labels else None
-        hidden = outputs = None
+        labels = hidden = outputs = None
+        if self.labels:
+            labels = (yield from self.labels.passes(windows, tokens_NT))[:, every - 1 :: every]
         if self.method.learns_hidden:
             read = lambda tokens_GT: standardize(self.teacher.hidden(tokens_GT))[0]
-            hidden = in_chunks(tokens_NT, self._chunk, read)[:, every - 1 :: every]
+            hidden = (yield from passes_in_chunks(tokens_NT, self._chunk, read))[:, every - 1 :: every]
         if self.method.distills:
-            outputs = in_chunks(tokens_NT, self._chunk, self.teacher.outputs)
+            outputs = yield from passes_in_chunks(tokens_NT, self._chunk, self.teacher.outputs)
         return TeacherTargets(labels, hidden, outputs)
 
     def zeros(self, tokens_NT: Tensor) -> TeacherTargets:

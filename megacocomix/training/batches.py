@@ -1,9 +1,11 @@
 """The windows and teacher targets that a data rank trains on in each step.
 
 The ranks of one copy of the model share the work of making the targets. On a GPU, windows and targets are made one step
-ahead, on a CUDA stream of their own."""
+ahead, on a CUDA stream of their own, in slices: one before each forward pass of the student."""
 
 from collections.abc import Callable
+from itertools import islice
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from megacocomix.errors import UserError
 from megacocomix.model.losses import count_labelled, next_token_targets
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.stage import MicroBatch
+from megacocomix.teacher.labels import Passes, at_once
 from megacocomix.teacher.targets import TargetSource, TeacherTargets
 from megacocomix.training.inputs import Inputs
 
@@ -68,15 +71,15 @@ class SharedTargets:
     def __init__(self, source: TargetSource, grid: Grid):
         self.source, self.grid = source, grid
 
-    def make_part(self, windows: Windows) -> tuple[TeacherTargets, UserError | None]:
+    def make_part(self, windows: Windows) -> Passes[tuple[TeacherTargets, UserError | None]]:
         """Targets of this rank's part of the windows, zeros for the others, and an error, such as a damaged shard of
-        the label cache."""
+        the label cache; a forward pass of the teacher at a time."""
         grid, indices, tokens_NT = self.grid, windows.indices, windows.tokens_NT
         first, stop = (len(indices) * rank // grid.model for rank in (grid.model_rank, grid.model_rank + 1))
         part = error = None
         if first < stop:
             try:
-                part = self.source(indices[first:stop], tokens_NT[first:stop])
+                part = yield from self.source.passes(indices[first:stop], tokens_NT[first:stop])
             except UserError as found:
                 error = found
         if part and grid.model == 1:
@@ -96,33 +99,50 @@ class SharedTargets:
 
 
 class Prefetcher:
-    """Calls `make` on a CUDA stream of its own. The kernels for the next step are queued before the caller queues the
-    student's kernels of this step, so the two run in parallel."""
+    """Makes the next step's targets on a CUDA stream of its own, beside the student's kernels of this step.
 
-    def __init__(self, make: Callable[[int], tuple], last_step: int, device: torch.device):
-        """`make(step)` returns tuples of tensors, which the caller uses on its own stream, and other values."""
-        self.make, self.last_step, self.stream = make, last_step, torch.cuda.Stream(device)
-        self.ahead: dict[int, tuple] = {}
+    A stream takes about a thousand kernels, then the host waits. If all of the teacher's were queued at once, the
+    student's would start late. So a slice of them is queued before each of the student's forward passes."""
+
+    def __init__(self, make: Callable[[int], Passes[tuple]], last_step: int, device: torch.device, num_slices: int):
+        """`make(step)` returns tuples of tensors, which the caller uses on its own stream, and other values. The
+        student has `num_slices` forward passes in a step."""
+        self.make, self.last_step, self.num_slices = make, last_step, num_slices
+        self.stream = torch.cuda.Stream(device)
+        self.step, self.passes, self.made, self.num_queued, self.slice = -1, iter(()), None, 0, 1
 
     def __call__(self, step: int) -> tuple:
-        """The result of `make(step)`."""
-        if step not in self.ahead:
-            self.stream.wait_stream(torch.cuda.current_stream())  # it put teacher and autoencoder onto the device
-            self._start(step)
-        made = self.ahead.pop(step)
+        """The result of `make(step)`, of which it queues what is left."""
         main = torch.cuda.current_stream()
+        if step != self.step:
+            self.stream.wait_stream(main)  # it put teacher and autoencoder onto the device
+            self._begin(step)
+        self._queue(None)
         main.wait_stream(self.stream)
+        made, self.made = self.made, None
         for values in made:
             for value in values if isinstance(values, tuple) else ():
                 if torch.is_tensor(value):
                     value.record_stream(main)  # otherwise the next step could reuse its memory too early
+        # With an incomplete cache the number of passes varies.
+        self.slice = max(self.slice, ceil(self.num_queued / self.num_slices))
         if step + 1 < self.last_step:
-            self._start(step + 1)
+            self._begin(step + 1)
         return made
 
-    def _start(self, step: int) -> None:
+    def prefetch(self) -> None:
+        """Queue a slice of the next step's targets."""
+        self._queue(self.slice)
+
+    def _begin(self, step: int) -> None:
+        def passes():
+            self.made = yield from self.make(step)
+
+        self.step, self.passes, self.num_queued = step, passes(), 0
+
+    def _queue(self, num_passes: int | None) -> None:
         with torch.cuda.stream(self.stream):
-            self.ahead[step] = self.make(step)
+            self.num_queued += sum(1 for _ in islice(self.passes, num_passes))
 
 
 class StepBatches:
@@ -134,11 +154,13 @@ class StepBatches:
         self.reader = WindowReader(config, grid, inputs.train, inputs.vocab_size)
         self.targets = SharedTargets(inputs.targets, grid) if inputs.targets else None
         is_ahead = self.targets is not None and grid.device.type == "cuda"
-        self.make = Prefetcher(self._make, last_step, grid.device) if is_ahead else self._make
+        num_forwards = config.training.global_batch // (config.training.micro_batch * grid.data)
+        num_forwards *= config.parallel.virtual_stages
+        self.ahead = Prefetcher(self._make, last_step, grid.device, num_forwards) if is_ahead else None
 
     def take(self, step: int) -> Step:
         """This rank's micro-batches of a step. Collective if there are teacher targets."""
-        windows, targets, error = self.make(step)
+        windows, targets, error = self.ahead(step) if self.ahead else at_once(self._make(step))
         if self.targets:
             self.targets.merge(targets)
         num_predicted, size = self._num_predicted(targets), self.training.micro_batch
@@ -150,11 +172,16 @@ class StepBatches:
             batches.append(MicroBatch(tokens_BT, next_token_targets(tokens_BT), self.num_targets, *own, num_predicted))
         return Step(batches, windows.error or error)
 
-    def _make(self, step: int) -> tuple[Windows, TeacherTargets, UserError | None]:
+    def prefetch(self) -> None:
+        """On a GPU, queue a part of the next step's targets. Called before each forward pass of the student."""
+        if self.ahead:
+            self.ahead.prefetch()
+
+    def _make(self, step: int) -> Passes[tuple[Windows, TeacherTargets, UserError | None]]:
         windows = self.reader.read(step)
         if self.targets is None:
             return windows, TeacherTargets(), None
-        return windows, *self.targets.make_part(windows)
+        return windows, *(yield from self.targets.make_part(windows))
 
     def _num_predicted(self, targets: TeacherTargets) -> Tensor | int:
         """Positions of all data ranks with a loss on their prediction."""

@@ -1,4 +1,6 @@
-"""The training loop, top to bottom: open → (resume) → step, poll, log, save, validate, step … → finish."""
+"""The training loop, top to bottom: open → (resume) → step, poll, log, save, validate, step … → finish.
+
+A poll is read one step later, except where its step is logged, saved or validated."""
 
 import logging
 import math
@@ -77,7 +79,7 @@ def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, tr
                 lock.close()
 
 
-class Poll(NamedTuple):
+class Shared(NamedTuple):
     """The values that all ranks share after a step."""
 
     losses: list[float]
@@ -88,6 +90,25 @@ class Poll(NamedTuple):
     """A rank found an error in its data."""
     is_writing: bool
     """A rank is still writing the current checkpoint."""
+
+
+class Poll(NamedTuple):
+    """What a rank shares after a step, on its way to the others."""
+
+    step: int
+    gradient_norm: float
+    """The same on all ranks."""
+    error: UserError | None
+    """In the data that this rank read."""
+    total: Tensor
+    """Losses and flags; summed over the ranks when `work` is done."""
+    work: dist.Work
+
+
+def _wait(poll: Poll) -> Shared:
+    poll.work.wait()
+    losses, flags = poll.total[:NUM_LOSSES], poll.total[NUM_LOSSES:]
+    return Shared(losses.tolist(), *map(bool, flags.tolist()))
 
 
 class Trainer:
@@ -125,27 +146,33 @@ class Trainer:
         self._start_clock()
         if state.step == self.last_step:
             return self._finish_killed_run()
+        unread = None
         while state.step < self.last_step:
             losses, error = self._step()
-            poll = self._poll(losses, error)
-            if not poll.is_writing:
-                self._complete_save()
-            if poll.has_error:
-                with errors_on_all_ranks():
-                    if error:
-                        raise error
-            if not all(map(math.isfinite, (*poll.losses, self.engine.gradient_norm()))):
-                self._complete_save()
-                self._print(f"error: loss or gradient is not finite at step {state.step}; this step is not saved")
-                return EXIT_FAILED
-            is_last, stopped = state.step == self.last_step, poll.stopped
+            stopped = False
+            if unread:  # the poll of the step before
+                shared = self._read(unread)
+                if shared is None:
+                    return EXIT_FAILED
+                stopped = shared.stopped
+            unread = self._poll(losses, error)
+            is_last = state.step == self.last_step
             scores = bool(config.evaluation.tasks) and (is_last or self._is_due(config.evaluation.tasks_every))
-            if self._is_due(config.logging.every) or is_last:
-                self._log_step(poll.losses)
+            logs = is_last or self._is_due(config.logging.every)
+            saves = is_last or self._is_due(config.checkpoint.every) or scores
+            validates = is_last or self._is_due(config.evaluation.every)
+            if not (logs or saves or validates or stopped) and math.isfinite(self.engine.gradient_norm()):
+                continue
+            shared, unread = self._read(unread), None
+            if shared is None:
+                return EXIT_FAILED
+            stopped = shared.stopped
+            if logs:
+                self._log_step(shared.losses)
             # Save before validating, which may take longer than the grace period after a signal.
-            if self._is_due(config.checkpoint.every) or is_last or stopped or scores:
+            if saves or stopped:
                 self._save(must_succeed=is_last or stopped or scores)
-            if (self._is_due(config.evaluation.every) or is_last) and not self._validate():
+            if validates and not self._validate():
                 return EXIT_FAILED
             if scores and not stopped:
                 stopped = self._score_tasks()
@@ -226,10 +253,13 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, self._learning_rate(state.step))
         self.engine.train()
         self.engine.begin_step()
-        losses = self.pipeline.train(self.engine, self.engine.before_backward, batches)
-        # Queued before the update, and complete when engine.step() has read the gradient norm.
+        losses = self.pipeline.train(self._forward, self.engine.before_backward, batches)
+        # The host waits for this copy, and not for the update, which is queued after it.
         losses = losses.to("cpu", non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if self.runtime.device.type == "cuda" else None
         self.engine.step()
+        if copied:
+            copied.synchronize()
         state.step += 1
         state.tokens += self.tokens_per_step
         state.flops += self.tokens_per_step * self.student_flops
@@ -238,14 +268,35 @@ class Trainer:
             self.metrics.advance(state.step)
         return losses, error
 
+    def _forward(self, *inputs):
+        """A forward pass of the student; the teacher's next kernels are queued before it, to run beside it."""
+        self.batches.prefetch()
+        return self.engine(*inputs)
+
     def _poll(self, losses: Tensor | None = None, error: UserError | None = None) -> Poll:
-        """Share losses and flags between all ranks, in the only collective of a step besides those of the training. All
-        ranks get the same result, so that none leaves the loop alone while the others wait for it."""
+        """Begin to share losses and flags between all ranks, in the only collective of a step besides those of the
+        training. All ranks get the same result, so that none leaves the loop alone while the others wait for it."""
         losses = torch.zeros(NUM_LOSSES, dtype=torch.float64) if losses is None else losses
         flags = torch.tensor([bool(self.stop_signal), error is not None, self.writer.is_writing], dtype=torch.float64)
         total = torch.cat((losses, flags))
-        dist.all_reduce(total)
-        return Poll(total[:NUM_LOSSES].tolist(), *map(bool, total[NUM_LOSSES:].tolist()))
+        work = dist.all_reduce(total, async_op=True)
+        return Poll(self.state.step, self.engine.gradient_norm(), error, total, work)
+
+    def _read(self, poll: Poll) -> Shared | None:
+        """What all ranks shared after a step, or None, with a message, if its loss or gradient is not finite. Completes
+        a checkpoint that all ranks have written. Raises UserError, on all ranks, for an error in the step's data."""
+        shared = _wait(poll)
+        if not shared.is_writing:
+            self._complete_save()
+        if shared.has_error:
+            with errors_on_all_ranks():
+                if poll.error:
+                    raise poll.error
+        if all(map(math.isfinite, (*shared.losses, poll.gradient_norm))):
+            return shared
+        self._complete_save()
+        self._print(f"error: loss or gradient is not finite at step {poll.step}; this step is not saved")
+        return None
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.config.optimizer, self.config.training.steps)
@@ -305,7 +356,7 @@ class Trainer:
             self.config.evaluation,
             self.run / "logs" / "tasks.log",
             self.runtime.is_main,
-            lambda: self._poll().stopped,
+            lambda: _wait(self._poll()).stopped,
         )
         self.tasks_failed = failure is not None  # after the last step, this decides the exit code
         if failure:

@@ -1,6 +1,7 @@
 """The autoencoder computes OpenAI's formula. Its file records everything, or is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,3 +204,27 @@ def test_relu_keeps_every_positive_latent_and_no_other(x, monkeypatch):
     assert index.shape[-1] == (dense > 0).sum(-1).max()
     rebuilt = torch.zeros_like(dense).scatter_add(-1, index, value)
     torch.testing.assert_close(rebuilt, dense, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tf32", "is_cuda", "inside"), [(True, True, "tf32"), (False, True, "none"), (True, False, "none")]
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_tf32_is_set_around_the_encoder_of_a_gpu_alone_and_always_taken_back(
+    sae, monkeypatch, tf32, is_cuda, inside, fails
+):
+    found, matmul = [], torch.backends.cuda.matmul
+
+    def linear(*_):
+        found.append(matmul.fp32_precision)
+        if fails:
+            raise MemoryError
+
+    monkeypatch.setattr(sae_module.F, "linear", linear)
+    sae.tf32 = tf32
+    try:
+        sae._pre_activations(SimpleNamespace(is_cuda=is_cuda))
+    except MemoryError:
+        assert fails
+    assert (found, matmul.fp32_precision) == ([inside], "none")
+    assert not matmul.allow_tf32  # of the older setting; reading it is an error if the two differ

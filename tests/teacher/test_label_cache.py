@@ -198,6 +198,26 @@ def test_another_layer_or_location_is_named_though_the_autoencoder_does_not_reco
             open_labels(cached(other, tmp_path / "cache"), CPU, EOT, train_windows(other))
 
 
+def test_labels_of_another_encoder_precision_are_refused_and_caches_that_record_none_hold_fp32(folder, tmp_path):
+    fp32, tf32 = (tiny.config(folder, teacher={"sae_precision": name}) for name in ("fp32", "tf32"))
+    cache, train = tmp_path / "cache", train_windows(fp32)
+    label_all(tf32, cache, CPU)  # a CPU labels in fp32
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert manifest["settings"].pop("sae_precision") == "fp32"
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    open_labels(cached(fp32, cache), CPU, EOT, train)
+    with pytest.raises(UserError, match="sae_precision fp32 there, tf32 here"):
+        open_labels(cached(tf32, cache), CPU, EOT, train)
+    manifest["settings"]["sae_precision"] = "tf32"  # as made on a GPU
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    open_labels(cached(tf32, cache), CPU, EOT, train)
+    with pytest.raises(UserError, match="sae_precision tf32 there, fp32 here"):
+        open_labels(cached(fp32, cache), CPU, EOT, train)
+    shard_file(cache, 0).unlink()
+    with pytest.raises(UserError, match="sae_precision tf32 there, fp32 here"):
+        open_labels(cached(tf32, cache), CPU, EOT, train)  # this CPU would label the missing windows in fp32
+
+
 def test_a_cache_of_chunks_needs_the_windowed_option(folder, tmp_path):
     longer = tiny.config(folder, model={"context": 40}, teacher={"windowed": True})
     label_all(longer, tmp_path / "cache", CPU)
