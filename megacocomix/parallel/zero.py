@@ -316,7 +316,7 @@ class _Bf16Stage1(_Partition):
 
     def __init__(self, engine: Engine):
         super().__init__(engine)
-        norm = lambda: torch.tensor([engine.gradient_norm()], device=engine.grid.device)
+        norm = lambda: torch.full((1,), engine.gradient_norm(), device=engine.grid.device)
         self.optimizer.get_grads_for_norm = lambda: ([norm()], {})
 
     def gradient(self, parameter: nn.Parameter) -> tuple[int, Tensor]:

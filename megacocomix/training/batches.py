@@ -56,7 +56,10 @@ class WindowReader:
             check_token_ids(tokens, self.vocab_size, self.name)
         except UserError as found:
             tokens, error = tokens.clip(0, self.vocab_size - 1), found
-        return Windows(indices, torch.from_numpy(tokens).to(self.grid.device), error)
+        tokens_NT = torch.from_numpy(tokens)
+        if self.grid.device.type == "cuda":
+            tokens_NT = tokens_NT.pin_memory()  # a copy of other memory lets the host wait for the stream
+        return Windows(indices, tokens_NT.to(self.grid.device, non_blocking=True), error)
 
     def _positions(self, step: int) -> list[int]:
         size, first = self.training.micro_batch, step * self.training.global_batch

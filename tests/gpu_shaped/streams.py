@@ -30,6 +30,7 @@ from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -540,6 +541,7 @@ def _patch(gpu):
     cuda.is_available = cuda.is_bf16_supported = lambda *args: True
     cuda.device_count, cuda.current_device, cuda.set_device = lambda: 1, lambda: 0, lambda device: None
     cuda.get_device_name, cuda.get_device_capability = lambda *args: "simulated", lambda *args: (9, 0)
+    cuda.get_device_properties = lambda *args: SimpleNamespace(total_memory=80 * 2**30)
     cuda.empty_cache = cuda.synchronize
     cuda.is_current_stream_capturing = lambda: False
     cuda.memory_stats = lambda *args: {}
