@@ -35,7 +35,13 @@ from megacocomix.training.batches import StepBatches
 from megacocomix.training.inputs import Inputs, open_inputs, verify_data
 from megacocomix.training.metrics import MetricsLog, device_peak, is_validated, peak_memory_gib
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from megacocomix.training.run_folder import check_run_folder, code_version, log_to_file, write_run_folder
+from megacocomix.training.run_folder import (
+    check_all_ranks_share,
+    check_run_folder,
+    code_version,
+    log_to_file,
+    write_run_folder,
+)
 from megacocomix.training.tasks import score_tasks
 
 log = logging.getLogger(__name__)
@@ -52,6 +58,9 @@ def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, tr
     with errors_on_all_ranks():
         check_config(config, runtime.world)
         run = check_run_folder(config)
+    if runtime.world > 1:
+        check_all_ranks_share(run, runtime)
+    with errors_on_all_ranks():
         if config.method.has_teacher and runtime.is_main:  # the other ranks wait for the download
             local_folder(config.teacher.model, download=True)
     verify_data(config, runtime.is_main)
