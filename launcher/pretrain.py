@@ -36,9 +36,11 @@ def main() -> None:
 
     from megacocomix.config.rules import check_config
     from megacocomix.parallel.runtime import start_runtime, stop_runtime
+    from megacocomix.training.determinism import set_determinism
 
     # Before the processes connect, which takes time and may fail for other reasons.
     check_config(config, place.size)
+    set_determinism(config.training.deterministic)
     runtime = start_runtime()
     from megacocomix.signals import NUMBERS
     from megacocomix.training.trainer import train

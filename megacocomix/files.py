@@ -1,14 +1,26 @@
 """Files that are written whole or not at all, and their hashes."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from megacocomix.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# NFS may show a file of another host that much later, in seconds: the longest time that it keeps a folder's entries.
+LATEST = 60.0
+# What flock raises on a file system without locks: Lustre mounted without -o flock, NFS without its lock service.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
 
 
 def file_sha256(path: str | Path) -> str:
@@ -88,6 +100,48 @@ def read_json(file: str | Path, format_: str, version: int, remedy: str) -> dict
     if found != (format_, version):
         raise UserError(f"{file} has format {found[0]} version {found[1]}, not {format_} version {version}.")
     return values
+
+
+def missing_files(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """The names in `sizes` that `folder` does not hold with that number of bytes. Other hosts may have written them, so
+    this waits up to LATEST seconds for them."""
+    deadline, pause = time.monotonic() + LATEST, 0.05
+    while True:
+        with suppress(OSError):
+            os.listdir(folder)  # so that NFS asks its server again for names that it remembers as absent
+        missing = [name for name, size in sizes.items() if _size(folder / name) != size]
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
+
+
+def lock_file(file: IO, wait: bool = False, is_optional: bool = False) -> bool:
+    """Lock an open file against other processes until it is closed. False if another one has locked it; with `wait`
+    this waits for it instead. If the file system has no locks, this raises UserError, or with `is_optional` warns and
+    returns True."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        problem = f"{file.name} cannot be locked, because its file system has no locks ({error.strerror})"
+        remedy = "mount it with them (Lustre: -o flock, NFS: with its lock service)"
+        if not is_optional:
+            raise UserError(
+                f"{problem}, by which processes divide the work: {remedy}, or choose a folder on another one."
+            ) from None
+        log.warning("%s: do not start a second job in this folder, or %s.", problem, remedy)
+    return True
 
 
 def write_text(file: str | Path, text: str) -> None:

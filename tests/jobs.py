@@ -9,12 +9,14 @@ from megacocomix.errors import UserError
 def train_all(configs: list[Config], on_event=lambda event, trainer: None) -> list[tuple[int, list[str]]]:
     """Train one config after the other; exit code and problems of each."""
     from megacocomix.parallel.runtime import start_runtime, stop_runtime
+    from megacocomix.training.determinism import set_determinism
     from megacocomix.training.trainer import train
 
     torch.set_num_threads(1)
     runtime, outcomes = start_runtime(), []
     for config in configs:
         try:
+            set_determinism(config.training.deterministic)
             outcomes.append((train(config, runtime, on_event), []))
         except UserError as error:
             outcomes.append((2, error.problems))

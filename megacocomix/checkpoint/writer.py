@@ -2,12 +2,13 @@
 the checkpoint.
 
 A checkpoint is written as `.step-N.partial`, hashed as it is on disk, and renamed when every rank has written its
-files. So a folder named `step-N` is complete, no matter when the processes were killed.
+files and rank 0 sees all of them. So a folder named `step-N` is complete, no matter when the processes were killed.
 """
 
 import contextlib
 import os
 import shutil
+import socket
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from megacocomix.checkpoint.format import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CH
 from megacocomix.checkpoint.store import TrainingState, gather_own_part
 from megacocomix.checkpoint.tensors import write_safetensors
 from megacocomix.config.schema import CheckpointConfig
-from megacocomix.files import write_json
+from megacocomix.files import missing_files, write_json
+from megacocomix.parallel.runtime import name_ranks
 from megacocomix.parallel.zero import Engine
 
 
@@ -59,11 +61,12 @@ class CheckpointWriter:
         Returns the failures. If there are any, the checkpoint is removed and earlier ones are unchanged."""
         writing, self._writing = self._writing, None
         reports = [None] * self.runtime.world
-        dist.all_gather_object(reports, writing.result())
-        failures = [failure for _, failure in reports if failure]
+        dist.all_gather_object(reports, (socket.gethostname(), *writing.result()))
+        failures = [failure for _, _, failure in reports if failure]
         if self.runtime.is_main:
+            failures = failures or self._unseen(reports)
             if not failures:
-                failures = self._publish({name: entry for files, _ in reports for name, entry in files.items()})
+                failures = self._publish({name: entry for _, files, _ in reports for name, entry in files.items()})
             if failures:
                 shutil.rmtree(self._partial, ignore_errors=True)
         outcome = [failures]
@@ -93,6 +96,17 @@ class CheckpointWriter:
             rank = self.runtime.rank
             return files, f"checkpoint {self.folder} was not saved: rank {rank} could not write: {error}."
         return files, None
+
+    def _unseen(self, reports: list[tuple[str, dict, None]]) -> list[str]:
+        """The failure if rank 0 does not see a file that another rank has written: they are not on one file system."""
+        written = {name: entry["bytes"] for _, files, _ in reports for name, entry in files.items()}
+        if not (missing := set(missing_files(self._partial, written))):
+            return []
+        hosts = {rank: host for rank, (host, files, _) in enumerate(reports) if missing & files.keys()}
+        return [
+            f"checkpoint {self.folder} was not saved: rank 0 on {reports[0][0]} does not see the files of "
+            f"{name_ranks(hosts)}: run must be on a file system that all nodes share."
+        ]
 
     def _publish(self, files: dict) -> list[str]:
         manifest = {"format": CHECKPOINT_FORMAT, "version": CHECKPOINT_VERSION, "state": asdict(self._state)}

@@ -6,7 +6,6 @@ those lengths and skips the documents already done. Manifests are written last: 
 Memory is bounded by the longest document.
 """
 
-import fcntl
 import json
 import re
 import shutil
@@ -23,7 +22,7 @@ from megacocomix.data.sources import LeftOut, find_sources, source_files
 from megacocomix.data.tokenizer import Tokenizer, encode_in_parallel, load_tokenizer, train_sentencepiece
 from megacocomix.data.tokens import MANIFEST, ShardWriter, TokenShards, file_fingerprint, read_manifest, token_dtype
 from megacocomix.errors import UserError
-from megacocomix.files import file_sha256, write_json
+from megacocomix.files import file_sha256, lock_file, write_json
 
 BATCH_CHARS = 2**18  # given to a worker at a time
 COMMIT_SECONDS = 10  # an interruption costs at most about this much work
@@ -213,8 +212,6 @@ def _lock(out: Path) -> Iterator[None]:
     """Prevents a second process from writing to the same folder."""
     (out / ".partial").mkdir(parents=True, exist_ok=True)
     with open(out / ".partial" / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is preparing {out}: wait for it or choose another --out.") from error
+        if not lock_file(file, is_optional=True):
+            raise UserError(f"another process is preparing {out}: wait for it or choose another --out.")
         yield

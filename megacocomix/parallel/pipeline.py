@@ -87,7 +87,8 @@ class Pipeline:
         self.grid, self.num_stages, self.dtype = grid, num_stages, dtype
         self.input_shape = functools.cache(input_shape)
         # NCCL requires that all ranks take part in a group's first communication.
-        dist.all_reduce(torch.zeros(1, device=grid.device), group=grid.pipeline_group)
+        if grid.pipeline > 1:
+            dist.all_reduce(torch.zeros(1, device=grid.device), group=grid.pipeline_group)
 
     def train(self, forward: Callable, before_backward: Callable[[], None], batches: list[MicroBatch]) -> Tensor:
         """Forward and backward passes of every micro-batch. `forward(stage, x, batch)` takes the output of the stage

@@ -12,8 +12,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megacocomix.errors import UserError
+from megacocomix.errors import UserError, print_errors
 from megacocomix.launchers import is_bound_to_one_gpu, set_address, set_ranks
+
+# Of every collective. NCCL's own is shorter than what rank 0 may need to download a teacher or to verify data.
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,31 @@ def start_runtime() -> Runtime:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         try:
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            if has_gpu:  # NCCL connects at its first use: here, where a failure gets its message
+                dist.all_reduce(torch.zeros(1, device="cuda"))
+                torch.cuda.synchronize()
         except (dist.DistError, ValueError, RuntimeError) as error:
             if "EADDRINUSE" in str(error):
                 port = os.environ["MASTER_PORT"]
                 raise UserError(f"MASTER_PORT {port} of this host is in use: export another one.") from None
-            raise UserError(f"rank {rank} of {world} could not connect to the others: {error}") from None
+            problem = UserError(_describe_failure(rank, world, error))
+            if rank:  # rank 0's is printed by the command, and this may be the only rank that has one
+                print_errors(problem)
+            raise problem from None
     return Runtime(rank, world, torch.device("cuda", local_rank) if has_gpu else torch.device("cpu"))
+
+
+def _describe_failure(rank: int, world: int, error: Exception) -> str:
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    chosen = " and ".join(f"{name} ({os.environ.get(name, 'not set')})" for name in names)
+    interfaces = " ".join(name for _, name in socket.if_nameindex())
+    return (
+        f"rank {rank} of {world} on {socket.gethostname()} could not connect to the others at "
+        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}: {' '.join(str(error).split()):.300} "
+        f"If rank 0 runs there, export on every host {chosen}: the network interface that reaches the others. "
+        f"This host has {interfaces}."
+    )
 
 
 @contextmanager
@@ -74,13 +95,23 @@ def errors_on_all_ranks() -> Iterator[None]:
         problems = [f"{error.filename or 'a file'}: {error.strerror or error}."]
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, (socket.gethostname(), problems))
-    where = defaultdict(list)
+    where = defaultdict(dict)
     for rank, (host, lines) in enumerate(everyones):
         for line in lines:
-            where[line].append(f"rank {rank} on {host}")
+            where[line][rank] = host
     if where:
         everywhere = len(everyones)
-        raise UserError(*(line if len(at) == everywhere else f"{line} ({', '.join(at)})" for line, at in where.items()))
+        raise UserError(
+            *(line if len(at) == everywhere else f"{line} ({name_ranks(at)})" for line, at in where.items())
+        )
+
+
+def name_ranks(hosts: dict[int, str]) -> str:
+    """{1: "a", 2: "a", 3: "b"} → "ranks 1 2 on a, rank 3 on b"."""
+    ranks = defaultdict(list)
+    for rank, host in hosts.items():
+        ranks[host].append(str(rank))
+    return ", ".join(f"rank{'s' if len(on) > 1 else ''} {' '.join(on)} on {host}" for host, on in ranks.items())
 
 
 def stop_runtime() -> None:

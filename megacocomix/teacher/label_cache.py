@@ -6,7 +6,6 @@ student with windows of this length. A shard holds the ids [windows, T, K_attr],
 these bytes. A shard is written whole or not at all, so a file with a shard's name is complete. A cache without all of
 its shards can be used."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from megacocomix.errors import UserError
-from megacocomix.files import write_json
+from megacocomix.files import lock_file, write_json
 from megacocomix.model.losses import MASKED
 
 FORMAT, VERSION = "megacocomix-labels", 2
@@ -181,10 +180,11 @@ def read_manifest(folder: Path) -> CacheManifest:
 
 def start_cache(folder: Path, manifest: CacheManifest) -> CacheManifest:
     """Make the folder a cache with this manifest, or check that it is one. Returns the manifest in the folder. Several
-    processes may call this at once. Raises UserError if the cache has another origin, or the folder other files."""
+    processes may call this at once. Raises UserError if the cache has another origin, the folder other files, or its
+    file system no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock, wait=True)
         if (folder / MANIFEST).is_file():
             if problems := list(read_manifest(folder).mismatches(folder, manifest)):
                 raise UserError(*problems, f"Choose another --out, or delete {folder}.")
@@ -212,9 +212,7 @@ def claim_shard(folder: Path, shard: int, verify: bool = False) -> Iterator[Call
         yield None
         return
     with open(aside, "ab") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_file(stream):
             yield None
             return
 

@@ -10,14 +10,14 @@ WORKSPACES = (":4096:8", ":16:8")
 """The values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS is deterministic."""
 
 
-def set_determinism(is_on: bool, device: torch.device) -> None:
+def set_determinism(is_on: bool) -> None:
     """Make torch choose deterministic kernels, for the whole process, or no longer. An operation that has none raises
-    an error. Call it before the first matrix product and the first collective on a GPU, which read the environment.
-    Raises UserError if that prevents it."""
+    an error. Call it before the processes connect: NCCL and cuBLAS read the environment only once. Raises UserError if
+    that prevents it."""
     torch.use_deterministic_algorithms(is_on)
     # By default torch would then also fill every new tensor with NaN.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    if is_on and device.type == "cuda":
+    if is_on and torch.cuda.is_available():
         # Sums that a switch computes (NVLink SHARP) may differ from call to call.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACES[0])

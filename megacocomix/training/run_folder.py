@@ -3,14 +3,17 @@
 config.yaml (resolved) · code.json (version, commit, starts) · metrics.jsonl · logs/ · checkpoints/ · evals/
 """
 
-import fcntl
+import contextlib
 import json
 import logging
+import secrets
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import IO
+
+import torch.distributed as dist
 
 from megacocomix import __version__
 from megacocomix.config.effective import settings_in_effect
@@ -18,9 +21,11 @@ from megacocomix.config.load import build_config, dump_config
 from megacocomix.config.schema import Config
 from megacocomix.config.yaml_text import read_yaml
 from megacocomix.errors import UserError
-from megacocomix.files import write_json, write_text
+from megacocomix.files import lock_file, missing_files, write_json, write_text
+from megacocomix.parallel.runtime import Runtime, errors_on_all_ranks
 
-LOCK = ".lock"
+LOCK, TOKEN = ".lock", ".start-"
+TOKEN_TEXT = "While a run starts, each of its processes looks for this file.\n"
 # Options that may change between two starts of one run: none of them changes the weights of any step, but by rounding.
 FREE = {"run", "parallel", "checkpoint", "evaluation", "logging"}
 FREE |= {"training.stop_after", "training.micro_batch", "training.deterministic"}
@@ -37,9 +42,36 @@ def check_run_folder(config: Config) -> Path:
         if not isinstance(values, dict):
             raise UserError(f"{stored} is empty or damaged. Restore it, or choose another folder with run=PATH.")
         _check_same(config, build_config(values, str(stored)), run)
-    elif run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - {LOCK}):
+    elif run.exists() and (not run.is_dir() or any(not path.name.startswith((LOCK, TOKEN)) for path in run.iterdir())):
         raise UserError(f"run {run} exists and is not a run folder. Choose another: run=PATH.")
     return run
+
+
+def check_all_ranks_share(run: Path, runtime: Runtime) -> None:
+    """Raises UserError, on all ranks, unless each of them sees a file that rank 0 writes into the run folder, or where
+    that will be made. The file is removed again."""
+    token = None
+    try:
+        with errors_on_all_ranks():
+            if runtime.is_main:
+                folder = next(folder for folder in (run, *run.parents) if folder.is_dir())
+                token = folder / f"{TOKEN}{secrets.token_hex(8)}"
+                try:
+                    token.write_text(TOKEN_TEXT)
+                except OSError as error:
+                    raise UserError(f"run {run} cannot be written: {error.strerror}.") from None
+        written = [token]
+        dist.broadcast_object_list(written, src=0)
+        with errors_on_all_ranks():
+            if missing_files(written[0].parent, {written[0].name: len(TOKEN_TEXT)}):
+                raise UserError(
+                    f"run {run} is not one folder for all processes: some do not see what rank 0 writes there. Choose "
+                    "one on a file system that all nodes share, by its whole path: run=PATH."
+                )
+    finally:
+        if token:
+            with contextlib.suppress(OSError):
+                token.unlink()
 
 
 def write_run_folder(config: Config, run: Path, start: dict) -> IO:
@@ -51,14 +83,11 @@ def write_run_folder(config: Config, run: Path, start: dict) -> IO:
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = open(run / LOCK, "w")  # noqa: SIM115 (the caller keeps it open)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock_file(lock, is_optional=True):
+            raise UserError(f"run {run} is being trained by another job. Wait for it, or choose another: run=PATH.")
         write_text(run / "config.yaml", dump_config(config))
         starts = [*_earlier_starts(run), {"command": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **start}]
         write_json(run / "code.json", code_version() | {"starts": starts})
-    except BlockingIOError:
-        raise UserError(
-            f"run {run} is being trained by another job. Wait for it, or choose another: run=PATH."
-        ) from None
     except OSError as error:
         raise UserError(f"run {run} cannot be written: {error.strerror}.") from None
     return lock

@@ -5,7 +5,6 @@ or otherwise, continues when it is started again.
 """
 
 import ctypes
-import fcntl
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from megacocomix.config.section import NonNegative, Positive, Section
 from megacocomix.config.yaml_text import read_yaml
 from megacocomix.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_REQUEUE, UserError, nearest
 from megacocomix.evaluation.perplexity import earlier_evaluation
+from megacocomix.files import lock_file
 from megacocomix.signals import NUMBERS, StopSignal
 from megacocomix.training.run_folder import check_run_folder
 
@@ -192,11 +192,11 @@ class Sweep:
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock = open(out / ".lock", "w")  # noqa: SIM115 (open until the sweep ends)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"out {out} is being filled by another sweep: wait for it.") from None
+            is_locked = lock_file(lock, is_optional=True)
         except OSError as error:
             raise UserError(f"out {out} cannot be written: {error.strerror}.") from None
+        if not is_locked:
+            raise UserError(f"out {out} is being filled by another sweep: wait for it.")
         try:
             with self.stop_signal:
                 self._run_jobs()

@@ -35,11 +35,16 @@ from megacocomix.parallel.zero import Engine
 from megacocomix.signals import StopSignal
 from megacocomix.teacher.targets import describe_targets
 from megacocomix.training.batches import StepBatches
-from megacocomix.training.determinism import set_determinism
 from megacocomix.training.inputs import Inputs, open_inputs, verify_data
 from megacocomix.training.metrics import MetricsLog, device_peak, is_validated, peak_memory_gib
 from megacocomix.training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from megacocomix.training.run_folder import check_run_folder, code_version, log_to_file, write_run_folder
+from megacocomix.training.run_folder import (
+    check_all_ranks_share,
+    check_run_folder,
+    code_version,
+    log_to_file,
+    write_run_folder,
+)
 from megacocomix.training.tasks import score_tasks
 
 log = logging.getLogger(__name__)
@@ -52,11 +57,13 @@ validation. It is for tests and experiments. It may read and change everything, 
 
 def train(config: Config, runtime: Runtime, on_event: OnEvent = lambda event, trainer: None) -> int:
     """Train a config to its end, from its newest checkpoint if there is one. Returns an exit code. Raises UserError, on
-    all ranks at once."""
+    all ranks at once. `training.deterministic` must be in effect already (set_determinism)."""
     with errors_on_all_ranks():
         check_config(config, runtime.world)
-        set_determinism(config.training.deterministic, runtime.device)
         run = check_run_folder(config)
+    if runtime.world > 1:
+        check_all_ranks_share(run, runtime)
+    with errors_on_all_ranks():
         if config.method.has_teacher and runtime.is_main:  # the other ranks wait for the download
             local_folder(config.teacher.model, download=True)
     verify_data(config, runtime.is_main)

@@ -56,6 +56,44 @@ def test_a_failed_save_is_a_warning_and_the_next_save_makes_up_for_it(folder, ca
     assert "warning: checkpoint" in capfd.readouterr().out
 
 
+def train_on_two_disks(config, vanish_from, vanish_until):
+    """Rank 0 does not see what rank 1 writes into its checkpoints number vanish_from to vanish_until - 1."""
+    import os
+
+    from megacocomix import files
+    from megacocomix.checkpoint.writer import CheckpointWriter
+
+    files.LATEST = 0.5
+    write, calls = CheckpointWriter._write, []
+
+    def write_elsewhere(self, *tensors):
+        calls.append(1)
+        written = write(self, *tensors)
+        if vanish_from <= len(calls) < vanish_until and os.environ["RANK"] == "1":
+            for name in written[0]:
+                (self._partial / name).unlink()
+        return written
+
+    CheckpointWriter._write = write_elsewhere
+    return train(config)
+
+
+def test_a_checkpoint_whose_files_rank_0_does_not_see_is_never_published(folder):
+    for code, problems in run_processes(2, train_on_two_disks, tiny.config(folder, "two-disks"), 2, 9):
+        assert code == 2
+        assert "step-00000006 was not saved: rank 0 on " in problems[0]
+        assert " does not see the files of rank 1 on " in problems[0]
+        assert "run must be on a file system that all nodes share" in problems[0]
+    assert saved(folder, "two-disks") == ["step-00000003"]
+
+
+def test_such_a_checkpoint_is_a_warning_while_training_goes_on(folder, capfd):
+    config = tiny.config(folder, "two-disks-once", checkpoint={"every": 2})
+    assert run_processes(2, train_on_two_disks, config, 2, 3) == [(0, [])] * 2
+    assert saved(folder, "two-disks-once") == ["step-00000002", "step-00000006"]
+    assert "does not see the files of rank 1 on " in capfd.readouterr().out
+
+
 def train_with_a_slow_disk(config):
     """The checkpoint of step 2 is not written before step 3 is done."""
     import threading

@@ -391,3 +391,74 @@ def test_a_command_for_one_process_is_refused_in_several_and_says_so_once(root, 
     codes, _, err = start([root / "tools" / name, *arguments], MPICH)
     assert codes == [2, 2]
     assert "".join(err) == f"error: {name} works in one process, but MPICH or Intel MPI started 2.\n"
+
+
+@pytest.fixture
+def exported(environment, tmp_path, monkeypatch):
+    """What the deepspeed launcher of one kind, on a host with or without a GPU, sends to the processes of two hosts:
+    the command that it would run."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+    from deepspeed.launcher import runner
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "DEEPSPEED_ENVIRONMENT_PATHS", ["."])  # without that of the home folder
+    monkeypatch.setattr(runner.signal, "signal", lambda *handler: None)
+    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=2\n")
+
+    def launch(launcher, accelerator, variables):
+        environment(variables)
+        monkeypatch.setattr(runner, "get_accelerator", {"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[accelerator])
+        for kind in (runner.PDSHRunner, runner.OpenMPIRunner, runner.SlurmRunner):
+            monkeypatch.setattr(kind, "backend_exists", lambda self: True)
+        with patch.object(runner.subprocess, "Popen") as popen:
+            popen.return_value.returncode = 0
+            where = ["--hostfile", "hosts", "--no_ssh_check", "--master_addr", "node1", "--launcher", launcher]
+            runner.main([*where, "pretrain.py"])
+        return " ".join(popen.call_args.args[0])
+
+    return launch
+
+
+SET_BY_USERS = (
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+    "HF_HUB_OFFLINE",
+    "WANDB_MODE",
+    "OMP_NUM_THREADS",
+    "TRITON_CACHE_DIR",
+    "TOKENIZERS_PARALLELISM",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "accelerator", "names"),
+    [
+        ("pdsh", "cuda", {"NCCL_SOCKET_IFNAME"}),
+        ("openmpi", "cuda", {"NCCL_SOCKET_IFNAME"}),
+        ("pdsh", "cpu", set()),
+        ("openmpi", "cpu", set()),
+    ],
+)
+def test_deepspeed_exports_nccl_alone_and_that_only_from_a_host_with_a_gpu(exported, launcher, accelerator, names):
+    command = exported(launcher, accelerator, dict.fromkeys(SET_BY_USERS, "x1"))
+    assert {name for name in SET_BY_USERS if f"{name}=x1" in command} == names
+    assert "PYTHONPATH=" in command
+
+
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "slurm"])
+def test_deepspeed_exports_what_is_in_deepspeed_env(exported, tmp_path, launcher):
+    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}=x1\n" for name in SET_BY_USERS))
+    command = exported(launcher, "cpu", {})
+    assert {name for name in SET_BY_USERS if f"{name}=x1" in command} == set(SET_BY_USERS)
+
+
+def test_deepspeed_through_slurm_exports_everything(exported):
+    assert "--export=ALL," in exported("slurm", "cpu", {})
+
+
+def test_a_line_of_deepspeed_env_that_sets_nothing_ends_the_launcher(exported, tmp_path):
+    (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=x1\n\n")
+    with pytest.raises(ValueError, match="not enough values"):
+        exported("pdsh", "cpu", {})

@@ -1,5 +1,8 @@
 import itertools
+import os
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ import torch.distributed as dist
 
 from megacocomix.config.rules import grid_problem
 from megacocomix.parallel.grid import Grid
-from megacocomix.parallel.runtime import start_runtime, stop_runtime
+from megacocomix.parallel.runtime import Runtime, start_runtime, stop_runtime
 from processes import run_processes
 
 
@@ -61,3 +64,62 @@ def test_tensor_ranks_are_neighbours_then_data_ranks_then_stages():
     assert ranks[5]["peers"] == [1, 5]
     assert ranks[5]["model_rank"] == 3
     assert all(found["total"] == 4 for found in ranks)
+
+
+def sockets() -> int:
+    """TCP connections of this process."""
+    links = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of the listing itself
+            links.add(os.readlink(link))
+    tables = (Path(f"/proc/self/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
+    established = [line.split() for line in itertools.chain(*tables) if line.split()[3] == "01"]
+    return sum(f"socket:[{connection[9]}]" in links for connection in established)
+
+
+def sockets_of_a_grid(device, tensor, pipeline) -> tuple[int, int]:
+    """Connections of the world alone, and with the grid's groups. On "cuda", NCCL is replaced by a backend that does
+    nothing."""
+    import torch.testing._internal.distributed.fake_pg
+
+    dist.init_process_group("cpu:gloo,cuda:fake" if device == "cuda" else "gloo")
+    dist.barrier()
+    world = sockets()
+    grid = Grid(Runtime(dist.get_rank(), dist.get_world_size(), torch.device(device)), tensor, pipeline)
+    found = world, sockets()
+    assert grid.data_group is not None
+    dist.barrier()
+    dist.destroy_process_group()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (2, 2)])
+def test_on_a_gpu_only_the_worlds_group_opens_sockets(tensor, pipeline):
+    # One to each other rank and one to the store, which rank 0 holds.
+    for world, with_groups in run_processes(4, sockets_of_a_grid, "cuda", tensor, pipeline)[1:]:
+        assert world == with_groups == 4
+
+
+def shared_groups(tensor, pipeline) -> dict:
+    runtime = start_runtime()
+    grid = Grid(runtime, tensor, pipeline)
+    names = ("tensor", "data", "pipeline", "model", "tied")
+    groups = {name: getattr(grid, f"{name}_group") for name in names}
+    shared = {name: {other for other in names if groups[other] is groups[name]} for name in names}
+    worlds = {name for name in names if groups[name] is dist.group.WORLD}
+    stop_runtime()
+    return {"shared": shared, "world": worlds}
+
+
+@pytest.mark.slow
+def test_the_same_ranks_share_a_group_but_never_with_messages_between_stages():
+    for found in run_processes(2, shared_groups, 1, 1):
+        assert found["world"] == {"data"}
+        assert found["shared"]["tensor"] == {"tensor", "pipeline", "model"}
+    for found in run_processes(2, shared_groups, 2, 1):
+        assert found["world"] == {"tensor", "model"}
+        assert found["shared"]["data"] == {"data", "pipeline"}
+    for found in run_processes(2, shared_groups, 1, 2):
+        assert found["world"] == {"model", "tied"}
+        assert found["shared"]["pipeline"] == {"pipeline"}

@@ -89,32 +89,32 @@ def test_on_a_cpu_the_option_changes_no_bit(folder):
 @pytest.fixture
 def flags():
     yield
-    set_determinism(False, torch.device("cpu"))
+    set_determinism(False)
 
 
 def test_the_option_holds_for_one_run_and_is_taken_back_by_the_next(flags):
-    set_determinism(True, torch.device("cpu"))
+    set_determinism(True)
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
-    set_determinism(False, torch.device("cpu"))
+    set_determinism(False)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_cublas_gets_a_deterministic_workspace_unless_the_user_chose_another(flags, monkeypatch):
-    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE"):
         monkeypatch.delenv(name, raising=False)
-    set_determinism(False, gpu)
+    set_determinism(False)
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    set_determinism(True, gpu)
+    set_determinism(True)
     assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_NVLS_ENABLE"]) == (":4096:8", "0")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    set_determinism(True, gpu)
+    set_determinism(True)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     with pytest.raises(UserError, match="it is :4096:2:16:8: unset it"):
-        set_determinism(True, gpu)
+        set_determinism(True)
 
 
 def test_it_may_change_between_two_starts(tmp_path):
