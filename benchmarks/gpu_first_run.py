@@ -402,13 +402,19 @@ def marked_teacher() -> Iterator[None]:
     """Marks the making of teacher targets in a trace."""
     from megacocomix.teacher.targets import TargetSource
 
-    make = TargetSource.__call__
+    make = TargetSource.passes
 
-    def marked(*arguments, **options):
-        with torch.profiler.record_function(TEACHER):
-            return make(*arguments, **options)
+    def marked(*arguments):
+        passes = make(*arguments)
+        while True:
+            with torch.profiler.record_function(TEACHER):
+                try:
+                    next(passes)
+                except StopIteration as end:
+                    return end.value
+            yield
 
-    with mock.patch.object(TargetSource, "__call__", marked):
+    with mock.patch.object(TargetSource, "passes", marked):
         yield
 
 
