@@ -16,6 +16,7 @@ from megacocomix.config.load import build_config
 from megacocomix.model.gpt2 import GPT2, assemble
 from megacocomix.model.losses import count_labelled, next_token_targets
 from megacocomix.parallel.stage import MicroBatch, StageModule
+from megacocomix.parallel.tensor import unshard
 from megacocomix.sae.formats import from_openai
 from megacocomix.sae.model import SAEForm
 from megacocomix.teacher.attribution import attribute, select_labels
@@ -166,6 +167,7 @@ def test_losses_gradients_and_weights_over_the_steps(golden, config, student):
     stages = StageModule(config, alone)
     stages.set_parameters(lambda name: weights[name].detach(), lambda value: torch.nn.Parameter(value.clone()))
     named = {name: parameter for name, parameter, _ in stages.named_shards()}
+    whole = lambda name, own: (name, unshard(name, [own], stages.whole_shapes[name]))
     optimizer = build_optimizer([(name, p.dim(), p) for name, p in named.items()], config.optimizer)
     set_learning_rate(optimizer, config.optimizer.lr)
     for step in range(case["steps"]):
@@ -185,11 +187,11 @@ def test_losses_gradients_and_weights_over_the_steps(golden, config, student):
         measured = torch.stack((next_token, concept, next_token + config.method.concept_weight * concept, norm))
         torch.testing.assert_close(measured, tensors[f"loss.{step}"], rtol=LOSS_TOLERANCE, atol=0)
         if step == 0:
-            gradients = ((name, parameter.grad) for name, parameter in named.items())
+            gradients = (whole(name, parameter.grad) for name, parameter in named.items())
             for name, gradient in in_hf_layout(gradients, case["s_head"]).items():
                 close(gradient, tensors[f"grad0_clipped.{name}"])
         optimizer.step()
-    for name, weight in in_hf_layout(named.items(), case["s_head"]).items():
+    for name, weight in in_hf_layout((whole(*each) for each in named.items()), case["s_head"]).items():
         gradient = tensors[f"grad0_clipped.{name}"]
         actual, expected, gradient = (
             without_key_bias(name, tensor) for tensor in (weight, tensors[f"student_after.{name}"], gradient)
