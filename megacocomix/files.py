@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 # NFS may show a file of another host that much later, in seconds: the longest time that it keeps a folder's entries.
 LATEST = 60.0
 # What flock raises on a file system without locks: Lustre mounted without -o flock, NFS without its lock service.
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EBADF}
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
 def file_sha256(path: str | Path) -> str:

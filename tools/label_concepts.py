@@ -37,8 +37,10 @@ def main() -> int:
 
     from megacocomix.config.rules import check_config
     from megacocomix.teacher.label_job import label_all
+    from megacocomix.training.determinism import set_determinism
 
     check_config(config, config.parallel.tensor * config.parallel.pipeline)
+    set_determinism(config.training.deterministic)
     index = 0 if is_bound_to_one_gpu() else place.local_rank or 0
     device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
     report = label_all(config, options.out, device, place.rank, place.size)

@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,9 +65,9 @@ class SafetensorFiles:
         """A whole tensor in its stored dtype."""
         return self._where[name][1].get_tensor(self._stored_names[name])
 
-    def read_part(self, name: str, bounds: Sequence[tuple[int, int]]) -> Tensor:
-        """The part of a tensor within (start, stop) of each dim. Nothing else of the file is read."""
-        return self._where[name][1].get_slice(self._stored_names[name])[tuple(slice(*bound) for bound in bounds)]
+    def unread(self, name: str) -> Any:
+        """safetensors' slice of a tensor: only the part that is taken by indexing, such as `x[3:5, :]`, is read."""
+        return self._where[name][1].get_slice(self._stored_names[name])
 
 
 def sharded_files(folder: Path) -> list[Path]:

@@ -67,10 +67,10 @@ class CheckpointWriter:
             failures = failures or self._unseen(reports)
             if not failures:
                 failures = self._publish({name: entry for _, files, _ in reports for name, entry in files.items()})
-            if failures:
-                shutil.rmtree(self._partial, ignore_errors=True)
         outcome = [failures]
         dist.broadcast_object_list(outcome, src=0)
+        if outcome[0]:  # on each rank, because they may not share a file system
+            shutil.rmtree(self._partial, ignore_errors=True)
         return outcome[0]
 
     @property

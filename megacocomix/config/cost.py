@@ -12,7 +12,7 @@ SHARE_OF_STATES = 0.5
 """States fit a device if they take at most this share of its memory: the rest is for activations, whose size is not
 known before training, for the buffers of communication, and for the teacher."""
 # (zero, reshard_after_forward), by the memory that they need, largest first.
-STAGES = ((0, True), (1, True), (2, True), (3, False), (3, True))
+STAGES = ((0, True), (1, True), (3, False), (2, True), (3, True))
 
 
 def state_bytes(config: Config, parameters: int, data: int) -> float:
@@ -63,9 +63,9 @@ def cheaper_layout(config: Config, world: int, parameters: int, device_bytes: in
     if best.parallel.reshard_after_forward != parallel.reshard_after_forward:  # a recipe may have set it
         options += f" parallel.reshard_after_forward={'null' if best.parallel.zero < 3 else 'false'}"
     return (
-        f"{options} would fit: {state_bytes(best, parameters, data) / GIB:.1f} GiB of states on a device of "
-        f"{device_bytes / GIB:.0f} GiB, and exchanges up to {bytes_of(best) / 1e9:.3g} GB a step and rank instead of "
-        f"{bytes_of(config) / 1e9:.3g} GB"
+        f"{options} would exchange up to {bytes_of(best) / 1e9:.3g} GB a step and rank instead of "
+        f"{bytes_of(config) / 1e9:.3g} GB; its states take {state_bytes(best, parameters, data) / GIB:.1f} GiB of the "
+        f"device's {device_bytes / GIB:.0f} GiB"
     )
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megacocomix.model.losses import FrozenHead, row_chunks
+from megacocomix.model.heads import FrozenHead
+from megacocomix.model.losses import row_chunks
 
 
 def teacher_divergence(

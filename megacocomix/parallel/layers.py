@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megacocomix.model.concept import weighted_rows
 from megacocomix.model.gpt2 import queries_keys_values
-from megacocomix.model.losses import aligned
+from megacocomix.model.heads import aligned
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Shard:
     """The rows that a tensor rank owns, and how many it stores: owned rows first, then padding.
 
     The number of owned rows differs between ranks by at most one. The number of stored rows is the same on every rank.
-    If `padded` (vocabulary and concepts) it is also a multiple of losses.ALIGNMENT, on a single rank too.
+    If `padded` (vocabulary and concepts) it is also a multiple of heads.ALIGNMENT, on a single rank too.
     """
 
     start: int
@@ -168,14 +168,14 @@ class PositionEmbedding(ShardedLayer):
 
 
 class PaddedTopK(nn.Module):
-    """model.concept.TopK on one rank: only the first columns of the logits, those of `shard`, are concepts."""
+    """model.concept.TopK on one rank: only the first `num_concepts` columns of the logits are concepts."""
 
-    def __init__(self, num_kept: int, shard: Shard):
+    def __init__(self, num_kept: int, num_concepts: int):
         super().__init__()
-        self.num_kept, self.shard = num_kept, shard
+        self.num_kept, self.num_concepts = num_kept, num_concepts
 
     def forward(self, logits_BTc):
-        index_BTK = logits_BTc.detach()[..., : self.shard.owned].topk(self.num_kept, dim=-1).indices
+        index_BTK = logits_BTc.detach()[..., : self.num_concepts].topk(self.num_kept, dim=-1).indices
         return logits_BTc.gather(-1, index_BTK), index_BTK
 
 

@@ -18,7 +18,8 @@ from megacocomix.config.schema import Config
 from megacocomix.model.distillation import hidden_distance, teacher_divergence
 from megacocomix.model.flops import block_flops, head_flops, module_flops
 from megacocomix.model.gpt2 import GPT2, assemble
-from megacocomix.model.losses import MASKED, FrozenHead, label_cross_entropy
+from megacocomix.model.heads import FrozenHead
+from megacocomix.model.losses import MASKED, label_cross_entropy
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.layers import TensorGroup
 from megacocomix.parallel.tensor import parallelize, shard, shard_of, skip_padding
@@ -157,9 +158,9 @@ class StageModule(nn.Module):
                 yield TIED if is_copy else name, parameter, is_copy
 
     def set_parameters(self, whole_value: Callable[[str], Tensor], place: Callable[[Tensor], nn.Parameter]) -> None:
-        """Give every parameter its value, one at a time: `whole_value(name)` is reduced to this rank's shard, and
-        `place` moves that to its final memory. So a process never holds more than one whole parameter besides its
-        shards."""
+        """Give every parameter its value, one at a time: this rank's shard of `whole_value(name)`, which is a tensor or
+        a slice of a safetensors file. `place` moves it to its final memory. So a process never holds more than one
+        whole parameter besides its shards."""
         placed = {}
         for name, parameter, _ in list(self.named_shards()):
             placed[parameter] = place(shard(name, whole_value(name), self.tensor, self.tensor_rank))

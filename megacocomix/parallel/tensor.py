@@ -67,17 +67,18 @@ def shard_of(name: str, whole: torch.Size, size: int, rank: int) -> Shard:
 
 
 def shard(name: str, whole: Tensor, size: int, rank: int) -> Tensor:
-    """A rank's shard of a whole parameter (or of one of its moments), padded with zeros."""
+    """A rank's shard of a whole parameter (or of one of its moments), padded with zeros. `whole` may also be a slice of
+    a safetensors file (`get_slice`), of which only the shard is read."""
     dim = shard_dim(name)
     if dim is None:
-        return whole
-    extent = shard_of(name, whole.shape, size, rank)
-    part = whole.narrow(dim, extent.start, extent.owned)
+        return whole[:]
+    shape = list(whole.shape if isinstance(whole, Tensor) else whole.get_shape())
+    extent = shard_of(name, shape, size, rank)
+    part = whole[(slice(None),) * dim + (slice(extent.start, extent.stop),)]
     if extent.owned == extent.stored:
         return part.contiguous()
-    shape = list(whole.shape)
     shape[dim] = extent.stored
-    padded = whole.new_zeros(shape)
+    padded = part.new_zeros(shape)
     padded.narrow(dim, 0, extent.owned).copy_(part)
     return padded
 
@@ -95,8 +96,7 @@ def unshard(name: str, shards: list[Tensor], whole: torch.Size) -> Tensor:
 def skip_padding(part: GPT2) -> None:
     """For a single tensor rank, whose layers stay plain: let no padding be among the concepts that are kept."""
     if part.concept is not None and part.concept.top_k is not None:
-        extent = Shard.of(len(part.concept.compress.weight), 1, 0, padded=True)
-        part.concept.top_k = PaddedTopK(part.concept.top_k.num_kept, extent)
+        part.concept.top_k = PaddedTopK(part.concept.top_k.num_kept, len(part.concept.compress.weight))
 
 
 def parallelize(part: GPT2, group: TensorGroup) -> None:

@@ -153,6 +153,7 @@ def open_labeler(config: Config, device: torch.device, eot_id: int) -> ConceptLa
     teacher = load_teacher(options.model, options.sae_layer, options.location, device, teacher_dtype(config, device))
     sae = load_sae(options.sae, device)
     problems = [
+        *_precision_problems(options.sae_precision, torch.device(device)),
         *_sae_mismatches(config, teacher, sae),
         *_teacher_mismatches(config, teacher),
         *_tokenizer_problems(config, sae),
@@ -178,6 +179,14 @@ def label_settings(config: Config, teacher_context: int, eot_id: int, sae_precis
         location=config.teacher.location,
         sae_precision=sae_precision,
     )
+
+
+def _precision_problems(precision: SAEPrecision, device: torch.device):
+    if precision == "tf32" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        yield (
+            f"teacher.sae_precision is tf32, which {torch.cuda.get_device_name(device)} does not have. Nearest valid: "
+            "fp32."
+        )
 
 
 def _sae_mismatches(config: Config, teacher: Teacher, sae: SAE):

@@ -23,7 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from megacocomix.config.schema import Location
 from megacocomix.errors import UserError
 from megacocomix.model.gpt2 import GPT2
-from megacocomix.model.losses import FrozenHead, frozen_head_loss, next_token_targets
+from megacocomix.model.heads import FrozenHead, frozen_head_loss
+from megacocomix.model.losses import next_token_targets
 
 ATTENTIONS = ("attention", "attn", "self_attn", "self_attention")
 MLPS = ("mlp", "feed_forward")

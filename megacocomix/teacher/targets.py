@@ -20,7 +20,7 @@ from megacocomix.files import file_sha256
 from megacocomix.hub import local_folder
 from megacocomix.model.concept import standardize
 from megacocomix.model.flops import attention_flops
-from megacocomix.model.losses import FrozenHead
+from megacocomix.model.heads import FrozenHead
 from megacocomix.teacher.label_cache import CacheManifest, LabelCache, default_shard_windows
 from megacocomix.teacher.labels import (
     ConceptLabeler,

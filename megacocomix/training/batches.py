@@ -112,7 +112,9 @@ class Prefetcher:
         student has `num_slices` forward passes in a step."""
         self.make, self.last_step, self.num_slices = make, last_step, num_slices
         self.stream = torch.cuda.Stream(device)
-        self.step, self.passes, self.made, self.num_queued, self.slice = -1, iter(()), None, 0, 1
+        self.slice_size = 1  # in forward passes of the teacher
+        self.step, self.passes, self.num_queued = -1, iter(()), 0  # of the step that is being made
+        self.made = None
 
     def __call__(self, step: int) -> tuple:
         """The result of `make(step)`, of which it queues what is left."""
@@ -128,14 +130,14 @@ class Prefetcher:
                 if torch.is_tensor(value):
                     value.record_stream(main)  # otherwise the next step could reuse its memory too early
         # With an incomplete cache the number of passes varies.
-        self.slice = max(self.slice, ceil(self.num_queued / self.num_slices))
+        self.slice_size = max(self.slice_size, ceil(self.num_queued / self.num_slices))
         if step + 1 < self.last_step:
             self._begin(step + 1)
         return made
 
     def prefetch(self) -> None:
         """Queue a slice of the next step's targets."""
-        self._queue(self.slice)
+        self._queue(self.slice_size)
 
     def _begin(self, step: int) -> None:
         def passes():

@@ -42,9 +42,14 @@ def check_run_folder(config: Config) -> Path:
         if not isinstance(values, dict):
             raise UserError(f"{stored} is empty or damaged. Restore it, or choose another folder with run=PATH.")
         _check_same(config, build_config(values, str(stored)), run)
-    elif run.exists() and (not run.is_dir() or any(not path.name.startswith((LOCK, TOKEN)) for path in run.iterdir())):
+    elif run.exists() and (not run.is_dir() or any(map(_is_foreign, run.iterdir()))):
         raise UserError(f"run {run} exists and is not a run folder. Choose another: run=PATH.")
     return run
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it was not left by a start that failed."""
+    return path.name != LOCK and not path.name.startswith(TOKEN)
 
 
 def check_all_ranks_share(run: Path, runtime: Runtime) -> None:

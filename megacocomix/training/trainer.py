@@ -229,7 +229,7 @@ class Trainer:
             stored = StoredTensors(checkpoint)
             stored.check(shapes)
         with stored:
-            engine = build(stored.read)
+            engine = build(stored.unread)
             return engine, load_checkpoint(stored, engine)
 
     def _choose_checkpoint(self) -> Path | None:
@@ -261,12 +261,9 @@ class Trainer:
         self.engine.train()
         self.engine.begin_step()
         losses = self.pipeline.train(self._forward, self.engine.before_backward, batches)
-        # The host waits for this copy, and not for the update, which is queued after it.
+        # Queued before the update, and complete when engine.step() has read the gradient norm.
         losses = losses.to("cpu", non_blocking=True)
-        copied = torch.cuda.current_stream().record_event() if self.runtime.device.type == "cuda" else None
         self.engine.step()
-        if copied:
-            copied.synchronize()
         state.step += 1
         state.tokens += self.tokens_per_step
         state.flops += self.tokens_per_step * self.student_flops

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import tiny
-from megacocomix.config.cost import GIB, cheaper_layout, exchanged_bytes, state_bytes
+from megacocomix.config.cost import GIB, STAGES, cheaper_layout, exchanged_bytes, state_bytes
 from megacocomix.config.load import load_config
 from megacocomix.config.rules import check_config
 
@@ -40,12 +40,12 @@ def test_a_stage_costs_what_the_row_of_the_docs_says(root, options, states, exch
 def test_the_advice_names_the_stage_its_states_and_what_it_saves(root):
     # 1024 windows, 8 at a time on 8 ranks: 16 micro-batches. 1.448e9 · (2 + 4 + 12/8) = 10.1 GiB.
     assert cheaper_layout(recipe(root, "parallel.reshard_after_forward=true"), 8, PARAMETERS, 80 * GIB) == (
-        "parallel.zero=1 would fit: 10.1 GiB of states on a device of 80 GiB, and exchanges up to 14.5 GB a step and "
-        "rank instead of 185 GB"
+        "parallel.zero=1 would exchange up to 14.5 GB a step and rank instead of 185 GB; its states take 10.1 GiB of "
+        "the device's 80 GiB"
     )
     assert cheaper_layout(recipe(root), 8, PARAMETERS, 80 * GIB) == (
-        "parallel.zero=1 parallel.reshard_after_forward=null would fit: 10.1 GiB of states on a device of 80 GiB, and "
-        "exchanges up to 14.5 GB a step and rank instead of 95.6 GB"
+        "parallel.zero=1 parallel.reshard_after_forward=null would exchange up to 14.5 GB a step and rank instead of "
+        "95.6 GB; its states take 10.1 GiB of the device's 80 GiB"
     )
 
 
@@ -55,12 +55,33 @@ def test_states_fit_if_they_take_half_of_the_device(root):
     assert cheaper_layout(config, 8, PARAMETERS, int(2 * states) - 2) is None
     # What fits a smaller device: weights gathered once a step.
     advice = cheaper_layout(recipe(root, "parallel.reshard_after_forward=true"), 8, PARAMETERS, int(1.9 * states))
-    assert advice.startswith("parallel.zero=3 parallel.reshard_after_forward=false would fit: 5.7 GiB")
+    assert advice.startswith("parallel.zero=3 parallel.reshard_after_forward=false would exchange")
+    assert "its states take 5.7 GiB" in advice
 
 
 @pytest.mark.parametrize(("name", "world"), [("69m", 8), ("386m", 8), ("386m-openwebmath", 64), ("1.38b", 1)])
 def test_there_is_none_where_nothing_is_cheaper(root, name, world):
     assert cheaper_layout(recipe(root, name=name), world, PARAMETERS, 80 * GIB) is None
+
+
+@pytest.mark.parametrize("data", [2, 8, 64])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_stages_are_in_the_order_of_their_memory(root, precision, data):
+    stages = STAGES if precision == "fp32" else STAGES[1:]  # stage 0 does not exist in bf16
+    sizes = [
+        state_bytes(
+            recipe(
+                root,
+                f"parallel.zero={zero}",
+                f"training.precision={precision}",
+                f"parallel.reshard_after_forward={'null' if zero < 3 else str(reshards).lower()}",
+            ),
+            1000,
+            data,
+        )
+        for zero, reshards in stages
+    ]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_larger_stage_is_never_advised(root):

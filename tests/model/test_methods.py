@@ -12,7 +12,7 @@ from megacocomix.config.schema import ModelConfig
 from megacocomix.model.concept import interleave, predicting_slots
 from megacocomix.model.distillation import hidden_distance, teacher_divergence
 from megacocomix.model.gpt2 import GPT2, initialise
-from megacocomix.model.losses import FrozenHead
+from megacocomix.model.heads import FrozenHead
 
 SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
 MODULE = {"pre_bias", "predict", "compress"}

@@ -5,7 +5,8 @@ import tiny
 from megacocomix.config.schema import ModelConfig
 from megacocomix.model.concept import ConceptMixer, interleave, standardize
 from megacocomix.model.gpt2 import GPT2, initial_value, initialise
-from megacocomix.model.losses import MASKED, FrozenHead, frozen_head_loss, label_cross_entropy, next_token_targets
+from megacocomix.model.heads import FrozenHead, frozen_head_loss
+from megacocomix.model.losses import MASKED, label_cross_entropy, next_token_targets
 
 SHAPE = ModelConfig(**tiny.SHAPE, dropout=0.0)
 

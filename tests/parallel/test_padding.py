@@ -12,9 +12,9 @@ import tiny
 from jobs import train_all
 from layouts import shard_small_parameters_too
 from megacocomix.config.load import load_config
-from megacocomix.model.distillation import FrozenHead
 from megacocomix.model.gpt2 import assemble, initial_value
-from megacocomix.model.losses import aligned, next_token_targets
+from megacocomix.model.heads import FrozenHead, aligned
+from megacocomix.model.losses import next_token_targets
 from megacocomix.parallel.grid import Grid
 from megacocomix.parallel.runtime import start_runtime, stop_runtime
 from megacocomix.parallel.stage import TIED, MicroBatch, StageModule

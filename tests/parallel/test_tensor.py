@@ -58,7 +58,7 @@ def test_on_one_rank_no_padding_is_among_the_kept_concepts_or_gets_a_gradient():
     logits = -1 - torch.rand(2, 3, 10, generator=torch.Generator().manual_seed(0))
     whole, extent = logits.clone().requires_grad_(), Shard.of(10, 1, 0, padded=True)
     own = with_padding(logits, extent)
-    expected, found = TopK(KEPT)(whole), PaddedTopK(KEPT, extent)(own)
+    expected, found = TopK(KEPT)(whole), PaddedTopK(KEPT, extent.owned)(own)
     assert own.shape[-1] == 64 and all(map(torch.equal, found, expected))
     for kept in (expected, found):
         kept[0].square().sum().backward()

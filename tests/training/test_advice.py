@@ -28,4 +28,5 @@ def test_the_start_advises_a_stage_that_fits_the_device(folder, capfd, device_by
     lines = [line for line in capfd.readouterr().out.splitlines() if "advice:" in line]
     assert len(lines) == is_advised
     if is_advised:
-        assert "advice: parallel.zero=0 would fit: 0.0 GiB of states on a device of 1 GiB" in lines[0]
+        assert "advice: parallel.zero=0 would exchange up to" in lines[0]
+        assert "its states take 0.0 GiB of the device's 1 GiB" in lines[0]
