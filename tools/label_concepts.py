@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megacocomix.config.load import load_config
 from megacocomix.errors import EXIT_FINISHED, EXIT_REQUEUE, EXIT_USER, UserError, print_errors, run_cli
-from megacocomix.launchers import is_bound_to_one_gpu, set_ranks
+from megacocomix.launchers import set_ranks
 
 
 def main() -> int:
@@ -33,17 +33,14 @@ def main() -> int:
     place = set_ranks()  # before torch is imported
     config = load_config(options.config, options.overrides)
 
-    import torch
-
     from megacocomix.config.rules import check_config
+    from megacocomix.parallel.runtime import local_device
     from megacocomix.teacher.label_job import label_all
     from megacocomix.training.determinism import set_determinism
 
     check_config(config, config.parallel.tensor * config.parallel.pipeline)
     set_determinism(config.training.deterministic)
-    index = 0 if is_bound_to_one_gpu() else place.local_rank or 0
-    device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
-    report = label_all(config, options.out, device, place.rank, place.size)
+    report = label_all(config, options.out, local_device(place.local_rank or 0), place.rank, place.size)
     print(
         f"{options.out}: {report.num_labelled:,} windows labelled by this process; {report.num_held:,} of "
         f"{report.num_windows:,} have labels" + ("; stopped on a signal" if report.is_stopped else ""),

@@ -28,16 +28,13 @@ def main() -> int:
     arguments = parse_arguments()
     place = set_ranks()  # before torch is imported
 
-    import torch
-
-    from megacocomix.parallel.runtime import errors_on_all_ranks, start_runtime, stop_runtime
+    from megacocomix.parallel.runtime import errors_on_all_ranks, local_device, start_runtime, stop_runtime
     from megacocomix.sae.job import SAEJob, SAERun, plot_sae_training
 
     job = SAEJob(**vars(arguments))
     # A single process needs no process group.
     runtime = start_runtime() if place.size > 1 else None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here = (runtime.device, runtime.rank, runtime.world) if runtime else (device,)
+    here = (runtime.device, runtime.rank, runtime.world) if runtime else (local_device(0),)
     with errors_on_all_ranks() if runtime else nullcontext():
         run = SAERun(job, *here)
     try:

@@ -10,16 +10,20 @@ used. Parameter names never depend on the layout of a run.
 
 import hashlib
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megacocomix.config.method import MethodConfig
 from megacocomix.config.schema import Config, ModelConfig
 from megacocomix.model.concept import ConceptMixer, predicting_slots, take_predicting
 
 LAYER_NORM_EPS = 1e-5
+# All but cuDNN's, whose gradient with a mask can be NaN for some numbers of positions (pytorch issue 196678).
+MASKED_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 INIT_STD = 0.02
 
 
@@ -83,9 +87,10 @@ class Attention(nn.Module):
             if spare := -head_size % 8:  # the GPU kernel for masks needs multiples of 8
                 q, k, v = (F.pad(each, (0, spare)) for each in (q, k, v))
         dropout = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, visible_QS, dropout, is_causal=visible_QS is None, scale=head_size**-0.5
-        )
+        with nullcontext() if visible_QS is None else sdpa_kernel(MASKED_KERNELS):
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, visible_QS, dropout, is_causal=visible_QS is None, scale=head_size**-0.5
+            )
         return self.dropout(self.out(mixed[..., :head_size].transpose(1, 2).flatten(2)))
 
 

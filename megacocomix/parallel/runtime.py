@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megacocomix.errors import UserError, print_errors
-from megacocomix.launchers import is_bound_to_one_gpu, set_address, set_ranks
+from megacocomix.launchers import is_bound_to_one_gpu, is_first, set_address, set_ranks
 
 # Of every collective. NCCL's own is shorter than what rank 0 may need to download a teacher or to verify data.
 TIMEOUT = timedelta(minutes=30)
@@ -39,16 +39,15 @@ def start_runtime() -> Runtime:
     place = set_ranks()  # in the environment, where DeepSpeed reads them
     set_address(place)
     rank, world, local_rank = place.rank, place.size, place.local_rank or 0
+    device = local_device(local_rank)
+    has_gpu = device.type == "cuda"
     # Without DS_ACCELERATOR, DeepSpeed would choose an accelerator itself.
-    has_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    os.environ["DS_ACCELERATOR"] = "cuda" if has_gpu else "cpu"
-    if has_gpu and is_bound_to_one_gpu():
-        local_rank = 0
-        os.environ["LOCAL_RANK"] = "0"
-    if has_gpu and local_rank >= torch.cuda.device_count():
-        raise UserError(f"this host has {torch.cuda.device_count()} GPUs, fewer than the processes started on it.")
+    os.environ["DS_ACCELERATOR"] = device.type
     if has_gpu:
-        torch.cuda.set_device(local_rank)
+        os.environ["LOCAL_RANK"] = str(device.index)
+        torch.cuda.set_device(device)
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed asserts that it is the same
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = os.environ["LOCAL_RANK"]
     # CPU tensors always use gloo: signals and counts must not wait for a GPU stream.
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     if world == 1:
@@ -67,7 +66,20 @@ def start_runtime() -> Runtime:
             if rank:  # rank 0's is printed by the command, and this may be the only rank that has one
                 print_errors(problem)
             raise problem from None
-    return Runtime(rank, world, torch.device("cuda", local_rank) if has_gpu else torch.device("cpu"))
+    return Runtime(rank, world, device)
+
+
+def local_device(local_rank: int) -> torch.device:
+    """The device of a process, by its rank on this host. Raises UserError if the host has too few GPUs."""
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    index = 0 if is_bound_to_one_gpu() else local_rank
+    if index < torch.cuda.device_count():
+        return torch.device("cuda", index)
+    problem = UserError(f"this host has {torch.cuda.device_count()} GPUs, fewer than the processes started on it.")
+    if not is_first():  # the command prints that of the first process, and this may be the only one that has one
+        print_errors(problem)
+    raise problem
 
 
 def _describe_failure(rank: int, world: int, error: Exception) -> str:

@@ -38,7 +38,6 @@ from megacocomix.parallel.tensor import shard_dim
 # Before the first import of DeepSpeed, which already logs.
 logging.getLogger("DeepSpeed").setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR"))
 import deepspeed  # noqa: E402
-from deepspeed.ops import __compatible_ops__  # noqa: E402
 
 # In every collective DeepSpeed calls functions that torch has renamed.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
@@ -74,7 +73,8 @@ def deepspeed_config(config: Config, device: torch.device) -> dict:
     zero = {
         "stage": stage,
         "contiguous_gradients": True,
-        "overlap_comm": device.type == "cuda" and stage >= 2,
+        # In stage 2 it would wait for the whole device at every bucket and every backward pass.
+        "overlap_comm": device.type == "cuda" and stage == 3,
         # If true, it replaces F.linear in the whole process (also for the teacher) and accumulates in low precision.
         "memory_efficient_linear": False,
     }
@@ -118,7 +118,10 @@ class Engine:
                 " ".join(TESTED),
             )
         if grid.device.type == "cpu":
-            # It would be compiled, which takes half a minute, and gloo does not need it.
+            # It would be compiled, which takes half a minute, and gloo does not need it. The import looks for the
+            # compilers of all operations, and warns of each that a GPU's host lacks.
+            from deepspeed.ops import __compatible_ops__
+
             __compatible_ops__["deepspeed_shm_comm"] = False
         self.grid, self.stages, self.clip, self.on_gradients = grid, stages, config.optimizer.clip, on_gradients
         self.sums_over_tensor = grid.tensor > 1 and config.parallel.sequence
@@ -189,7 +192,7 @@ class Engine:
         with torch.no_grad():
             self._sum_shared_gradients()
             self.on_gradients()
-            counted = [each.values for each in self.gradients() if self._counts(each)]
+            counted = [each.values for each in self.gradients() if self._counts(each) and len(each.values)]
             norms = torch.stack(torch._foreach_norm(counted)) if counted else torch.zeros(1)
             total = norms.to(self.grid.device, torch.float64).square().sum()
             dist.all_reduce(total)

@@ -88,8 +88,7 @@ class SentTensorsForgotten:
 SABOTAGES = {
     # Stages 2 and 3
     "modules do not wait for gathered weights": LeftOut(Stream, "wait_stream", "fetch_sub_module"),
-    "reduction does not wait for gradients, stage 3": LeftOut(Stream, "wait_stream", "__add_grad_to_ipg_bucket"),
-    "reduction does not wait for gradients, stage 2": LeftOut(Stream, "wait_stream", "average_tensor"),
+    "reduction does not wait for gradients": LeftOut(Stream, "wait_stream", "__add_grad_to_ipg_bucket"),
     "gradients are freed while they are copied": LeftOut(torch.Tensor, "record_stream", "__add_grad_to_ipg_bucket"),
     "nothing waits for the reduction": LeftOut(Gpu, "wait", "independent_gradient_partition_epilogue"),
     # The teacher

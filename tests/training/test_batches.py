@@ -214,7 +214,7 @@ def test_targets_made_in_slices_are_those_made_at_once_in_the_same_passes(
             count.clear()
             prefetcher.prefetch()
             spread += count
-            assert len(count) <= prefetcher.slice
+            assert len(count) <= prefetcher.slice_size
 
 
 def test_a_damaged_shard_is_reported_with_the_step_that_needs_it(folder, caches, streams, tmp_path):
