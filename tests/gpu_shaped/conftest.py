@@ -56,3 +56,7 @@ def on_fake_cuda(guard):
     finally:
         server.kill()
         server.stdout.close()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-kernels", action="store_true", help="write tests/gpu_shaped/kernels.txt anew")

@@ -7,12 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from fake_cuda import BACKENDS, BOTH, Stream, place
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from fake_cuda import BACKENDS, BOTH, Stream, place
 
 aten = torch.ops.aten
 

@@ -158,14 +158,13 @@ def train(layout, sabotage=None):
             pipeline = Pipeline(grid, stages.num_stages, partial(hidden_shape, config), dtype)
 
             def on_gradients():
-                if step == STEPS - 1:
-                    gradients.update((str(each.values.dtype), each.values.device.type) for each in engine.gradients())
+                gradients.update((str(each.values.dtype), each.values.device.type) for each in engine.gradients())
 
             whole_value = lambda name: torch.empty(stages.whole_shapes[name])
             optimizer = partial(build_optimizer, config=config.optimizer)
             engine = Engine(stages, whole_value, optimizer, config, grid, on_gradients)
             report = {"start": collectives.report()}
-            for step in range(STEPS):
+            for _ in range(STEPS):
                 batches = [batch(grid.device) for _ in range(layout.micro)]
                 collectives.clear()
                 waits.clear()
@@ -422,6 +421,7 @@ def check_waits(layout, report):
     most = bounds.deepspeed_reads(layout.zero, layout.offload, layout.precision == "bf16", passes, tensors)
     assert reads["deepspeed"] <= most, report["reads"]
     assert set(reads) <= {"megacocomix", "deepspeed"}, report["reads"]
+    assert any("timer.py" in place for place in report["reads"]) == bounds.HAS_THROUGHPUT_TIMER
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -130,5 +130,5 @@ def test_stages_stay_on_the_device_in_their_precision_and_never_wait(case, on_fa
 @pytest.mark.parametrize("sabotage", ["labels on the host", "weights in fp32", "hidden states in fp64"])
 def test_a_fault_is_found(sabotage, on_fake_cuda):
     options = {"parallel.pipeline": 2}
-    with pytest.raises((AssertionError, RuntimeError), match="device|dtype|float"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"device|dtype|float"):
         check(options, on_fake_cuda(run_stages, "69m", 2, 0, options, sabotage))

@@ -107,11 +107,11 @@ def make_targets(options, form, location, sabotage=None):
 
 def decode_texts(options, cached, place, at, temperature, sabotage=None):
     """In the process with fake CUDA: reads and uploads of each step of decoding."""
-    import tiny
     import torch
     from fake_cuda import job
     from recorders import HostWaits
 
+    import tiny
     from megacocomix.interpret.decode import Sampling, decode
     from megacocomix.interpret.steering import Edit
 
