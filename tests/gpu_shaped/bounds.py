@@ -5,14 +5,15 @@ lower it here; a change that raises one should say why."""
 # gradients are on the host.
 OUR_READS = {"megacocomix/parallel/zero.py:_finish_gradients": 1}
 OUR_READS_OFFLOADED = {"megacocomix/parallel/zero.py:_finish_gradients": 2}
-
+# Copies of host tensors to the device for which the host waits, of our code and DeepSpeed's.
+UPLOADS_OF_A_STEP = 3
 
 # Whether DeepSpeed's throughput timer waits for the device at each forward pass and each step.
 HAS_THROUGHPUT_TIMER = True
 
 
 def deepspeed_reads(zero: int, offload: bool, is_bf16: bool, passes: int, num_tensors: int) -> int:
-    """The same, at most, of DeepSpeed's code. `passes` are the forward passes of a rank in a step."""
+    """Reads of DeepSpeed's code in a step, at most. `passes` are the forward passes of a rank in a step."""
     reads = HAS_THROUGHPUT_TIMER * (passes + 1)
     if zero == 3:
         return reads + passes + 1  # after each backward pass, and for the weights that stay whole
@@ -29,7 +30,6 @@ HOST_COLLECTIVES = {
     "step": {("all_reduce", "tensor", "float32"), ("all_reduce", "tied", "float32")},
     "save": {("all_reduce", "data", "float32"), ("all_gather", "tensor", "float32")},
 }
-
 
 # Waits of the host in decoding a token of two texts, most of them for what is shown of the kept concepts.
 READS_OF_A_TOKEN = {"steered": 11, "unsteered": 6, "without concepts": 3}

@@ -44,7 +44,8 @@ def on_fake_cuda(guard):
         request = {"file": function.__code__.co_filename, "function": function.__name__, "arguments": arguments}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        answer = json.loads(server.stdout.readline())
+        line = server.stdout.readline()
+        answer = json.loads(line or '{"error": "the process with fake CUDA has died"}')
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer["value"]

@@ -62,7 +62,8 @@ class Stream:
 
 def install(guard: str) -> None:
     """Make this process, which has not imported torch yet, one that has CUDA devices."""
-    os.environ |= {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    sys.modules["pynvml"] = None  # DeepSpeed would look for a real GPU
     warnings.filterwarnings("ignore")
     ctypes.CDLL(guard, mode=ctypes.RTLD_GLOBAL)
     import torch
@@ -90,6 +91,7 @@ def _replace_cuda(cuda) -> None:
         "memory_stats": {},
         "is_available": True,
         "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
         "device_count": 8,
         "current_device": 0,
         "current_stream": stream,
@@ -109,8 +111,10 @@ def _replace_cuda(cuda) -> None:
 def _teach_fake_tensors(torch) -> None:
     """Let fake tensors do what torch's own cannot."""
     import numpy
+    from torch._subclasses import fake_tensor
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+    fake_tensor.init_gpu_context = lambda device: None
     FakeTensorMode.avoid_device_init = property(lambda self: True)
     torch.Tensor.record_stream = lambda self, stream: None
     torch.Tensor.pin_memory = lambda self, *_: self

@@ -25,10 +25,10 @@ def run_micro_batch(recipe, sabotage=None):
     if sabotage == "logits in fp32":
         real, kept = stage.label_cross_entropy, []
         stage.label_cross_entropy = lambda logits, *rest: (kept.append(logits.float()), real(logits, *rest))[1]
-    if sabotage == "chunks of a quarter":
+    if sabotage == "chunks of a half":
         import megacocomix.model.losses as losses
 
-        losses.CHUNK_ELEMENTS = 1 << 22
+        losses.CHUNK_ELEMENTS = 1 << 23
     with job() as grid, HostWaits(), Memory() as memory:
         stages = stage.StageModule(config, grid)
         stages.set_parameters(
@@ -76,10 +76,10 @@ def label(sabotage=None):
             kept.append((hidden @ weight.T).float()),
             real(hidden, weight, *rest),
         )[1]
-    if sabotage == "chunks of a quarter":
+    if sabotage == "chunks of a half":
         import megacocomix.model.losses as losses
 
-        losses.CHUNK_ELEMENTS = 1 << 22
+        losses.CHUNK_ELEMENTS = 1 << 23
     shape = ModelConfig(num_layers=12, hidden_size=768, num_heads=12, context=1024, vocab_size=50257, dropout=0.0)
     with job(), HostWaits(), Memory() as memory:
         torch.set_default_dtype(torch.bfloat16)
@@ -114,7 +114,7 @@ def test_labelling_stays_within_its_memory_and_launches(on_fake_cuda):
     check(on_fake_cuda(label), bounds.LABELLING)
 
 
-@pytest.mark.parametrize(("sabotage", "finding"), [("logits in fp32", "peak"), ("chunks of a quarter", "launches")])
+@pytest.mark.parametrize(("sabotage", "finding"), [("logits in fp32", "peak"), ("chunks of a half", "launches")])
 def test_a_waste_is_found(sabotage, finding, on_fake_cuda):
     with pytest.raises(AssertionError, match=finding):
         check(on_fake_cuda(run_micro_batch, "69m", sabotage), bounds.MICRO_BATCH["69m"])
