@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tiny
 from megacocomix.config.schema import ModelConfig
@@ -141,3 +142,16 @@ def test_a_frozen_heads_loss_and_gradient_are_those_of_its_logits_in_slices_and_
     for row in range(11):
         difference = (2 * ours.grad[row].double() - exact[0].grad[row]).norm()
         assert difference <= tolerance * exact[0].grad[row].norm() + 1e-12, row
+
+
+def test_attention_with_a_mask_never_takes_the_kernel_of_cudnn(monkeypatch):
+    attend, seen = F.scaled_dot_product_attention, []
+
+    def record(q, k, v, mask, *arguments, **keywords):
+        seen.append((mask is not None, torch.backends.cuda.cudnn_sdp_enabled()))
+        return attend(q, k, v, mask, *arguments, **keywords)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    student(2)(torch.zeros(1, 8, dtype=torch.int64))
+    assert set(seen) == {(False, True), (True, False)}
+    assert torch.backends.cuda.cudnn_sdp_enabled()

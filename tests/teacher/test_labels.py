@@ -190,3 +190,13 @@ def tiny_tokenizer_sha256():
     from megacocomix.data.tokenizer import load_tokenizer
 
     return load_tokenizer("gpt2").sha256
+
+
+def test_tf32_is_refused_on_a_gpu_that_lacks_it(monkeypatch):
+    problems = lambda precision: list(labels_module._precision_problems(precision, torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert problems("tf32") == ["teacher.sae_precision is tf32, which Tesla V100 does not have. Nearest valid: fp32."]
+    assert problems("fp32") == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert problems("tf32") == []
