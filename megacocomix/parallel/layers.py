@@ -167,6 +167,22 @@ class PositionEmbedding(ShardedLayer):
         return F.embedding(positions_T, self.weight)
 
 
+class _Columns(torch.autograd.Function):
+    """logits.gather(-1, index). torch's keeps the logits for its backward pass, of which only their shape is used: that
+    would be a gigabyte which their loss does not need any more."""
+
+    @staticmethod
+    def forward(ctx, logits, index):
+        ctx.save_for_backward(index)
+        ctx.shape = logits.shape
+        return logits.gather(-1, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter_add_(-1, index, grad), None
+
+
 class PaddedTopK(nn.Module):
     """model.concept.TopK on one rank: only the first `num_concepts` columns of the logits are concepts."""
 
@@ -176,7 +192,7 @@ class PaddedTopK(nn.Module):
 
     def forward(self, logits_BTc):
         index_BTK = logits_BTc.detach()[..., : self.num_concepts].topk(self.num_kept, dim=-1).indices
-        return logits_BTc.gather(-1, index_BTK), index_BTK
+        return _Columns.apply(logits_BTc, index_BTK), index_BTK
 
 
 class GlobalTopK(nn.Module):
@@ -209,7 +225,7 @@ class GlobalTopK(nn.Module):
         kept_BTK = indices_BTM.gather(-1, values_BTM.topk(self.num_kept, dim=-1).indices).long()
         is_own_BTK = (kept_BTK >= self.shard.start) & (kept_BTK < self.shard.stop)
         row_BTK = torch.where(is_own_BTK, kept_BTK - self.shard.start, 0)
-        return torch.where(is_own_BTK, logits_BTc.gather(-1, row_BTK), 0.0), row_BTK
+        return torch.where(is_own_BTK, _Columns.apply(logits_BTc, row_BTK), 0.0), row_BTK
 
 
 class RowParallelCompress(ShardedLayer):

@@ -432,6 +432,7 @@ def _sum_all(tensors: list[Tensor], group: dist.ProcessGroup, device: torch.devi
         return
     flat = torch.cat(tensors).to(device)
     dist.all_reduce(flat, group=group)
+    flat = flat.to(tensors[0].device)  # at once: each copy to the host waits for the device
     for tensor, total in zip(tensors, flat.split([len(tensor) for tensor in tensors]), strict=True):
         tensor.copy_(total)
 

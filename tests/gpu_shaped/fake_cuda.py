@@ -189,13 +189,13 @@ def job(world: int = 1, rank: int = 0, tensor: int = 1, pipeline: int = 1):
 
     real = dist.new_group
 
-    def new_group(ranks, *arguments, backend=None, **options):
-        group = real(ranks, *arguments, **options)
+    def new_group(ranks, timeout=None, backend=None, **options):
+        group = real(ranks, timeout, **options)
         if isinstance(group, dist.ProcessGroup):  # else this rank is not in it
             BACKENDS[group.group_name] = backend or BOTH
         return group
 
-    dist.new_group = new_group
+    dist.new_group, dist.get_backend_config = new_group, lambda: BOTH
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     grid = Grid(Runtime(rank, world, torch.device("cuda", 0)), tensor, pipeline)

@@ -84,7 +84,8 @@ class HostWaits(Watcher):
 
 
 class Collective(NamedTuple):
-    """A collective or a message. `group` is tensor, data, pipeline, model, tied or world."""
+    """A collective or a message. `group` is tensor, data, pipeline, model, tied or world: the first that has its
+    ranks."""
 
     kind: str
     group: str
@@ -106,12 +107,11 @@ class Collectives(Watcher):
         "barrier": "barrier",
     }
 
-    def __init__(self, grid=None):
+    def __init__(self, grid):
         super().__init__()
         self.number, self.bytes = Counter(), Counter()
-        axes = ("tensor", "data", "pipeline", "model", "tied")
-        groups = {axis: getattr(grid, f"{axis}_group") for axis in axes} if grid else {}
-        self.names = {group.group_name: axis for axis, group in groups.items() if group is not None}
+        groups = {axis: getattr(grid, f"{axis}_group") for axis in ("tied", "model", "pipeline", "data", "tensor")}
+        self.names = {_ranks(group): axis for axis, group in groups.items() if group is not None}
 
     def clear(self):
         self.number.clear()
@@ -134,13 +134,17 @@ class Collectives(Watcher):
         assert len({(each.dtype, each.device) for each in tensors}) == 1, (kind, tensors)
         assert all(each.is_contiguous() for each in tensors), (kind, tensors)
         first, backend = tensors[0], BACKENDS.get(group.group_name, BOTH)
-        assert {"cuda": "nccl", "cpu": "gloo"}[first.device.type] in backend, (kind, backend, first.device)
-        key = Collective(kind, self.names.get(group.group_name, "world"), str(first.dtype)[6:], first.device.type)
+        assert {"cuda": "nccl", "cpu": "gloo"}[first.device.type] in backend, (kind, backend, first.device.type)
+        key = Collective(kind, self.names.get(_ranks(group), "world"), str(first.dtype)[6:], first.device.type)
         gathered = sum(each.nbytes for each in tensors[:-1])  # of a gather into a list
         self.number[key] += 1
         self.bytes[key] += max(
             gathered if op._schema.name == "c10d::allgather_" else 0, *(t.nbytes for t in tensors), 0
         )
+
+
+def _ranks(group) -> tuple:
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def launches_kernel(op) -> bool:

@@ -72,10 +72,12 @@ def label(sabotage=None):
         import megacocomix.teacher.model as teacher_model
 
         real, kept = teacher_model.frozen_head_loss, []
-        teacher_model.frozen_head_loss = lambda hidden, weight, *rest: (
-            kept.append((hidden @ weight.T).float()),
-            real(hidden, weight, *rest),
-        )[1]
+
+        def frozen_head_loss(hidden, *rest):
+            kept.append(torch.empty(len(hidden), 50257, device="cuda"))
+            return real(hidden, *rest)
+
+        teacher_model.frozen_head_loss = frozen_head_loss
     if sabotage == "chunks of a half":
         import megacocomix.model.losses as losses
 
