@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import tiny
 from jobs import train_all
-from megacocomix.checkpoint.store import _read_slice
+from megacocomix.checkpoint.store import StoredTensors, _read_slice
 from megacocomix.checkpoint.tensors import SafetensorFiles
 from megacocomix.parallel.tensor import shard, shard_dim
 from megacocomix.parallel.zero import Slice
@@ -63,13 +63,13 @@ class Counted:
 
 def resume_and_count(config):
     """Bytes of weights and moments that this rank takes of a checkpoint's files, from its start on."""
-    counted, unread = {"weights": 0, "moments": 0}, SafetensorFiles.unread
+    counted, unread = {"weights": 0, "moments": 0}, StoredTensors.unread
 
     def count(self, name):
         return Counted(unread(self, name), "moments" if name.startswith("exp_avg") else "weights", counted)
 
-    SafetensorFiles.unread = count
-    SafetensorFiles.read = None  # whole tensors
+    StoredTensors.unread = count
+    StoredTensors.read = None  # whole tensors
     assert train_all([with_steps(config, steps) for steps in (2, 4)]) == [(0, [])] * 2
     return counted
 
