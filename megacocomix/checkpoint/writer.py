@@ -15,10 +15,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megacocomix.checkpoint.format import CHECKPOINT_FILE, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, list_checkpoints
+from megacocomix.checkpoint.format import (
+    CHECKPOINT_FILE,
+    CHECKPOINT_FORMAT,
+    CHECKPOINT_VERSION,
+    list_checkpoints,
+    read_checkpoint_manifest,
+)
 from megacocomix.checkpoint.store import TrainingState, gather_own_part
 from megacocomix.checkpoint.tensors import write_safetensors
 from megacocomix.config.schema import CheckpointConfig
+from megacocomix.errors import UserError
 from megacocomix.files import missing_files, write_json
 from megacocomix.parallel.runtime import name_ranks
 from megacocomix.parallel.zero import Engine
@@ -103,6 +110,8 @@ class CheckpointWriter:
         if not (missing := set(missing_files(self._partial, written))):
             return []
         hosts = {rank: host for rank, (host, files, _) in enumerate(reports) if missing & files.keys()}
+        if set(hosts.values()) == {reports[0][0]}:
+            return [f"checkpoint {self.folder} was not saved: {min(missing)} has vanished or lost a part."]
         return [
             f"checkpoint {self.folder} was not saved: rank 0 on {reports[0][0]} does not see the files of "
             f"{name_ranks(hosts)}: run must be on a file system that all nodes share."
@@ -117,6 +126,11 @@ class CheckpointWriter:
             os.rename(self._partial, self.folder)
         except OSError as error:
             return [f"checkpoint {self.folder} was not saved: {error}."]
+        try:
+            read_checkpoint_manifest(self.folder)  # before earlier checkpoints are removed
+        except UserError as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return [f"checkpoint {self.folder} was not saved: {error}"]
         for old in list_checkpoints(self.run)[: -self.options.keep]:
             step = int(old.name.removeprefix("step-"))
             if self.options.keep_every is None or step % self.options.keep_every:

@@ -160,8 +160,13 @@ def open_labeler(config: Config, device: torch.device, eot_id: int) -> ConceptLa
     ]
     if problems:
         raise UserError(*problems)
-    precision = options.sae_precision if torch.device(device).type == "cuda" else "fp32"
-    return ConceptLabeler(teacher, sae, label_settings(config, teacher.context, eot_id, precision))
+    settings = label_settings(config, teacher.context, eot_id, encoder_precision(config, device))
+    return ConceptLabeler(teacher, sae, settings)
+
+
+def encoder_precision(config: Config, device: torch.device) -> SAEPrecision:
+    """The precision in which this device multiplies by the encoder."""
+    return config.teacher.sae_precision if torch.device(device).type == "cuda" else "fp32"
 
 
 def label_settings(config: Config, teacher_context: int, eot_id: int, sae_precision: SAEPrecision) -> LabelSettings:

@@ -27,6 +27,7 @@ from megacocomix.teacher.labels import (
     Passes,
     at_once,
     context_mismatches,
+    encoder_precision,
     label_settings,
     open_labeler,
     open_teacher,
@@ -79,6 +80,10 @@ def open_labels(config: Config, device: torch.device, eot_id: int, train: TokenD
         return ConceptLabels(labeler, cache, labeler.teacher.sha256, labeler.sae.sha256, labeler.flops_per_token())
     # A complete cache: teacher and autoencoder are not loaded, only their hashes are compared.
     found = cache.manifest
+    # Labels that this device would make are right too, even if the config asks for what only a GPU has.
+    precision = config.teacher.sae_precision
+    if found.settings["sae_precision"] == encoder_precision(config, device):
+        precision = encoder_precision(config, device)
     wanted = replace(
         found,
         data=train.shards.fingerprint,
@@ -86,7 +91,7 @@ def open_labels(config: Config, device: torch.device, eot_id: int, train: TokenD
         teacher=weights_sha256(local_folder(config.teacher.model)),
         teacher_config=architecture_sha256(local_folder(config.teacher.model)),
         sae=file_sha256(config.teacher.sae),
-        settings=asdict(label_settings(config, found.teacher_context, eot_id, config.teacher.sae_precision)),
+        settings=asdict(label_settings(config, found.teacher_context, eot_id, precision)),
         context=train.context,
         num_windows=train.num_windows,
         num_concepts=config.method.num_concepts,

@@ -375,7 +375,7 @@ class Trainer:
         self.writer.begin(self.state)
         if must_succeed and (failures := self._complete_save()):
             raise UserError(
-                *failures, "Earlier checkpoints are untouched; free some space and start the same command again."
+                *failures, "Earlier checkpoints are untouched; remove the cause and start the same command again."
             )
         self._start_clock()
 

@@ -57,8 +57,10 @@ def test_a_failed_save_is_a_warning_and_the_next_save_makes_up_for_it(folder, ca
 
 
 def train_on_two_disks(config, vanish_from, vanish_until):
-    """Rank 0 does not see what rank 1 writes into its checkpoints number vanish_from to vanish_until - 1."""
+    """Rank 0 does not see what rank 1 writes, on another host, into its checkpoints number vanish_from to
+    vanish_until - 1."""
     import os
+    import socket
 
     from megacocomix import files
     from megacocomix.checkpoint.writer import CheckpointWriter
@@ -75,14 +77,14 @@ def train_on_two_disks(config, vanish_from, vanish_until):
         return written
 
     CheckpointWriter._write = write_elsewhere
+    socket.gethostname = lambda: f"host-{os.environ['RANK']}"
     return train(config)
 
 
 def test_a_checkpoint_whose_files_rank_0_does_not_see_is_never_published(folder):
     for code, problems in run_processes(2, train_on_two_disks, tiny.config(folder, "two-disks"), 2, 9):
         assert code == 2
-        assert "step-00000006 was not saved: rank 0 on " in problems[0]
-        assert " does not see the files of rank 1 on " in problems[0]
+        assert "step-00000006 was not saved: rank 0 on host-0 does not see the files of rank 1 on host-1" in problems[0]
         assert "run must be on a file system that all nodes share" in problems[0]
     assert saved(folder, "two-disks") == ["step-00000003"]
 
@@ -91,7 +93,38 @@ def test_such_a_checkpoint_is_a_warning_while_training_goes_on(folder, capfd):
     config = tiny.config(folder, "two-disks-once", checkpoint={"every": 2})
     assert run_processes(2, train_on_two_disks, config, 2, 3) == [(0, [])] * 2
     assert saved(folder, "two-disks-once") == ["step-00000002", "step-00000006"]
-    assert "does not see the files of rank 1 on " in capfd.readouterr().out
+    assert "does not see the files of rank 1 on host-1" in capfd.readouterr().out
+
+
+def train_while_files_vanish(config, publishes):
+    """From its second checkpoint on, files vanish: before they are looked for, or after that."""
+    import shutil
+
+    from megacocomix import files
+    from megacocomix.checkpoint import writer
+
+    files.LATEST, look, calls = 0.2, writer.missing_files, []
+
+    def lose(folder, sizes):
+        calls.append(1)
+        if publishes or len(calls) == 1:
+            missing = look(folder, sizes)
+        if len(calls) > 1:
+            shutil.rmtree(folder)
+        return missing if publishes or len(calls) == 1 else look(folder, sizes)
+
+    writer.missing_files = lose
+    return train(config)
+
+
+@pytest.mark.parametrize("publishes", [False, True])
+def test_files_that_vanish_while_a_checkpoint_is_published_are_named_and_no_other_is_removed(folder, publishes):
+    config = tiny.config(folder, f"vanish-{publishes}", checkpoint={"every": 3, "keep": 1})
+    ((code, problems),) = run_processes(1, train_while_files_vanish, config, publishes)
+    assert code == 2
+    assert "step-00000006 was not saved: " in problems[0]
+    assert ("is damaged: 0 bytes" if publishes else "has vanished or lost a part") in problems[0]
+    assert saved(folder, f"vanish-{publishes}") == ["step-00000003"]
 
 
 def train_with_a_slow_disk(config):

@@ -206,8 +206,9 @@ def test_labels_of_another_encoder_precision_are_refused_and_caches_that_record_
     assert manifest["settings"].pop("sae_precision") == "fp32"
     (cache / "manifest.json").write_text(json.dumps(manifest))
     open_labels(cached(fp32, cache), CPU, EOT, train)
+    open_labels(cached(tf32, cache), CPU, EOT, train)  # this CPU would make the same labels
     with pytest.raises(UserError, match="sae_precision fp32 there, tf32 here"):
-        open_labels(cached(tf32, cache), CPU, EOT, train)
+        open_labels(cached(tf32, cache), torch.device("cuda", 0), EOT, train)
     manifest["settings"]["sae_precision"] = "tf32"  # as made on a GPU
     (cache / "manifest.json").write_text(json.dumps(manifest))
     open_labels(cached(tf32, cache), CPU, EOT, train)
