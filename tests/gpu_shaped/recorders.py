@@ -21,14 +21,11 @@ def tensors_in(*values) -> list[torch.Tensor]:
 
 
 class Watcher(TorchDispatchMode):
-    """Sees each operation and runs it."""
+    """A dispatch mode without the wrapper that torch has for compiling."""
 
     @classmethod
     def _should_skip_dynamo(cls):
         return False  # nothing is compiled here; torch's wrapper would cost as much as the operation
-
-    def __torch_dispatch__(self, op, types, arguments=(), keywords=None):
-        raise NotImplementedError
 
 
 class HostWaits(Watcher):
